@@ -1,0 +1,1 @@
+"""Firmware hand-over and early boot: detection, in-place encryption, their order."""

@@ -1,0 +1,1 @@
+"""The DMA API of the reference kernel: direct mapping, bounce buffers, pools."""

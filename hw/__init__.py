@@ -1,0 +1,1 @@
+"""The silicon: memory, cipher, caches, page walks, cores, the security processor."""

@@ -1,0 +1,1 @@
+"""The reference operating system: masks, page tables, encryption of live memory."""
