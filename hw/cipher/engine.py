@@ -1,0 +1,200 @@
+"""AES-128 over memory: every 16-byte block by itself, tweaked by its address.
+
+    XE    c = AES(m ^ T(p))
+    XEX   c = AES(m ^ T(p)) ^ T(p)
+
+Work comes as whole pages or whole cache lines at any addresses. A batch of pages is
+gathered into a buffer that stays in the core's L2 cache, XORed with its tweaks,
+enciphered by one call of OpenSSL, XORed again and scattered. numpy and OpenSSL
+release the interpreter lock, so two threads share a large job.
+
+Source: [SVR] III-A (XE), III-B (XEX); AES: [FIPS197].
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, modes
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+
+from ..errors import CallerError
+from ..types import CACHE_LINE_SIZE, PAGE_SIZE
+from .tweak import BLOCK_SIZE, Tweaks, Words
+
+Bytes = npt.NDArray[np.uint8]
+Index = npt.NDArray[np.intp]
+
+BATCH_BYTES = 64 * PAGE_SIZE
+"""How much is enciphered at once: buffer and tweaks together stay below 1 MiB."""
+
+SHARED_JOB_BYTES = 16 * BATCH_BYTES
+"""Jobs from this size up are worth waking a second thread for."""
+
+THREADS = min(2, os.cpu_count() or 1)
+
+
+class _Workspace(threading.local):
+    """Buffers and AES contexts of one thread."""
+
+    def __init__(self, key: bytes) -> None:
+        # One more block than the data: OpenSSL's EVP asks for it.
+        self.output: Bytes = np.empty(BATCH_BYTES + BLOCK_SIZE, np.uint8)
+        self.input: Words = np.empty(BATCH_BYTES // 8, np.uint64)
+        self.tweaks: Words = np.empty(BATCH_BYTES // 8, np.uint64)
+        cipher = Cipher(AES(key), modes.ECB())
+        self.encryptor: CipherContext = cipher.encryptor()
+        self.decryptor: CipherContext = cipher.decryptor()
+
+
+class MemoryCipher:
+    """One key and one tweak table: the engine as one key slot sees it.
+
+    Args:
+        key: 16 bytes.
+        tweaks: the engine's constants, the same for every key.
+        whitens_output: True for XEX, False for XE.
+    """
+
+    def __init__(self, key: bytes, tweaks: Tweaks, whitens_output: bool) -> None:
+        if len(key) != 16:
+            raise CallerError(f"key of {len(key)} bytes: 16 expected (AES-128)")
+        self._tweaks = tweaks
+        self._whitens_output = whitens_output
+        self._workspace = _Workspace(key)
+
+    def encrypt(self, address: int, plaintext: bytes) -> bytes:
+        """Encipher whole blocks as they would lie in DRAM at `address`.
+
+        Args:
+            address: physical, a multiple of 16, the C-bit taken out.
+            plaintext: a multiple of 16 bytes.
+        """
+        return self._few_blocks(address, plaintext, encrypt=True)
+
+    def decrypt(self, address: int, ciphertext: bytes) -> bytes:
+        """Undo `encrypt`; a wrong key or address gives other bytes, never an error."""
+        return self._few_blocks(address, ciphertext, encrypt=False)
+
+    def encrypt_units(self, units: Index, source: Bytes, target: Bytes) -> None:
+        """Encipher pages or lines of `source` into the same places of `target`.
+
+        Args:
+            units: numbers of pages or lines, each once; rows of both arrays.
+            source: plaintext, shape (all pages, 4096) or (all lines, 64).
+            target: ciphertext, same shape; may be `source`.
+        """
+        self._units(units, source, target, encrypt=True)
+
+    def decrypt_units(self, units: Index, source: Bytes, target: Bytes) -> None:
+        """Decipher pages or lines; arguments as `encrypt_units`."""
+        self._units(units, source, target, encrypt=False)
+
+    def _units(
+        self, units: Index, source: Bytes, target: Bytes, *, encrypt: bool
+    ) -> None:
+        unit_size = source.shape[1]
+        assert unit_size in (PAGE_SIZE, CACHE_LINE_SIZE)
+        per_batch = BATCH_BYTES // unit_size
+        shares = THREADS if units.size * unit_size >= SHARED_JOB_BYTES else 1
+        # Shares are whole batches, so that threads do not split one.
+        share = -(-units.size // (shares * per_batch)) * per_batch
+
+        def work(start: int) -> None:
+            for i in range(start, min(start + share, units.size), per_batch):
+                batch = units[i : min(i + per_batch, start + share)]
+                self._batch(batch, source, target, encrypt)
+
+        others: list[Future[None]] = [
+            _second_thread().submit(work, n * share) for n in range(1, shares)
+        ]
+        work(0)
+        for other in others:
+            other.result()
+
+    def _batch(
+        self, units: Index, source: Bytes, target: Bytes, encrypt: bool
+    ) -> None:
+        space = self._workspace
+        count, unit_size = units.size, source.shape[1]
+        length = count * unit_size
+        first = int(units[0])
+        contiguous = int(units[-1]) - first == count - 1 and (
+            count == 1 or bool((np.diff(units) == 1).all())
+        )
+
+        tweaks = self._tweaks_into(space.tweaks[: length // 8], units, unit_size)
+        data = space.input[: length // 8]
+        if contiguous:
+            rows = source[first : first + count].reshape(-1).view(np.uint64)
+            self._whiten_input(rows, tweaks, data, encrypt)
+        else:
+            rows = data.view(np.uint8).reshape(count, unit_size)
+            np.take(source, units, axis=0, out=rows, mode="clip")
+            self._whiten_input(data, tweaks, data, encrypt)
+
+        context = space.encryptor if encrypt else space.decryptor
+        context.update_into(memoryview(data).cast("B"), memoryview(space.output))
+        result = space.output[:length].view(np.uint64)
+        whiten = self._whitens_output or not encrypt
+        if contiguous:
+            into = target[first : first + count].reshape(-1).view(np.uint64)
+            if whiten:
+                np.bitwise_xor(result, tweaks, out=into)
+            else:
+                into[:] = result
+        else:
+            if whiten:
+                np.bitwise_xor(result, tweaks, out=result)
+            target[units] = result.view(np.uint8).reshape(count, unit_size)
+
+    def _whiten_input(
+        self, rows: Words, tweaks: Words, data: Words, encrypt: bool
+    ) -> None:
+        if encrypt or self._whitens_output:
+            np.bitwise_xor(rows, tweaks, out=data)
+        elif rows is not data:
+            data[:] = rows
+
+    def _tweaks_into(self, out: Words, units: Index, unit_size: int) -> Words:
+        """Fill `out` with T of every block of the units; return it."""
+        addresses = units.astype(np.uint64) * np.uint64(unit_size)
+        blocks = unit_size // BLOCK_SIZE
+        # 16-byte items copy fastest as complex numbers; their bits are not looked at.
+        spread = out.view(np.complex128).reshape(units.size, blocks)
+        spread[...] = self._tweaks.of_many(addresses).view(np.complex128)
+        by_unit = out.reshape(units.size, blocks * 2)
+        offsets = self._tweaks.of_offsets[:blocks].reshape(-1)
+        np.bitwise_xor(by_unit, offsets, out=by_unit)
+        return out
+
+    def _few_blocks(self, address: int, data: bytes, *, encrypt: bool) -> bytes:
+        if address % BLOCK_SIZE or len(data) % BLOCK_SIZE:
+            raise CallerError(
+                f"{len(data)} bytes at {address:#x}: whole aligned 16-byte blocks expected"
+            )
+        numbers = np.arange(len(data) // BLOCK_SIZE, dtype=np.uint64)
+        blocks = np.uint64(address) + numbers * np.uint64(BLOCK_SIZE)
+        tweaks = self._tweaks.of_many(blocks).tobytes()
+        if encrypt or self._whitens_output:
+            data = _xor(data, tweaks)
+        space = self._workspace
+        context = space.encryptor if encrypt else space.decryptor
+        data = context.update(data)
+        return _xor(data, tweaks) if self._whitens_output or not encrypt else data
+
+
+def _xor(left: bytes, right: bytes) -> bytes:
+    whole = int.from_bytes(left, "little") ^ int.from_bytes(right, "little")
+    return whole.to_bytes(len(left), "little")
+
+
+@cache
+def _second_thread() -> ThreadPoolExecutor:
+    """Return the pool, made at the first large job."""
+    return ThreadPoolExecutor(max(1, THREADS - 1), "cbit-aes")

@@ -1,0 +1,536 @@
+"""One core: what instructions can do to memory, control registers and MSRs.
+
+A load or store goes through three stages, each skipped where the one before it has
+the answer: a view of the page (nothing to check, nothing to account), the TLB, the
+page walk. Views are dropped whenever the mode, the TLB or the cache's tags change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from struct import Struct
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cpuid import CpuidLeaf, CpuModel
+from ..errors import CallerError, CbitError
+from ..faults import CpuException, GeneralProtection, PageFault
+from ..memory import CacheHierarchy, MemoryBus, MemoryController
+from ..msr import Efer, MsrFile, Syscfg
+from ..paging import (
+    LONG_4_LEVEL,
+    LONG_5_LEVEL,
+    Access,
+    AddressRules,
+    PageWalker,
+    Protection,
+    Tlb,
+    Translation,
+)
+from ..trace import Trace
+from ..types import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, VirtAddr
+from .control import Cr0, Cr3, Cr4, check_cr0, check_cr3, check_cr4
+
+ExceptionHandler = Callable[["Cpu", CpuException], bool]
+"""Called with the fault; True means the cause is gone and the access is retried."""
+
+RESET_CR0 = 0x6000_0010
+"""CD, NW and ET. Source: [APM2] Table 14-1."""
+
+MAX_RETRIES = 16
+"""A handler that claims success this often for one access has not cured it."""
+
+MOVE_SIZE = 8
+"""Bytes that REP MOVS moves at a time where source and target are one frame."""
+
+_U64 = Struct("<Q")
+_unpack_u64 = _U64.unpack_from
+_pack_u64 = _U64.pack_into
+
+_READ = int(Access.READ)
+_WRITE = int(Access.WRITE)
+_USER = int(Access.USER)
+_FETCH = int(Access.FETCH)
+
+
+class UnmodelledMode(CbitError):  # noqa: N818 - names a mode, reads as one
+    """Paging outside long mode: 32-bit and legacy PAE tables are not modelled."""
+
+
+class Run(NamedTuple):
+    """A physically contiguous part of a virtual range, under one tag."""
+
+    pa: int
+    length: int
+    slot: int
+
+
+class Cpu:
+    """A core over the memory of one machine.
+
+    Args:
+        index: which core; 0 boots.
+        model: what CPUID answers.
+        msrs: this core's MSRs.
+        bus: physical accesses.
+        caches: for flush instructions.
+        controller: which slot a C-bit selects.
+        trace: receives events.
+
+    Attributes:
+        cr2: address of the last page fault.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        model: CpuModel,
+        msrs: MsrFile,
+        bus: MemoryBus,
+        caches: CacheHierarchy,
+        controller: MemoryController,
+        trace: Trace,
+    ) -> None:
+        self.index = index
+        self.model = model
+        self._msrs = msrs
+        self._bus = bus
+        self._caches = caches
+        self._controller = controller
+        self._trace = trace
+        self._tlb = Tlb()
+        self._handlers: dict[int, ExceptionHandler] = {}
+        # Virtual page number to its 4096 bytes: accesses that need no stage but this.
+        self._load_views: dict[int, memoryview] = {}
+        self._store_views: dict[int, memoryview] = {}
+        self._walker: PageWalker | None = None
+        caches.hold_views(self._drop_views)
+        msrs.on_write(self._msr_written)
+        self.reset()
+
+    def reset(self) -> None:
+        """Enter the state after RESET#: paging off, CPL 0, TLB empty."""
+        self.cr2 = 0
+        self._cr0 = Cr0(RESET_CR0)
+        self._cr3 = Cr3(0)
+        self._cr4 = Cr4(0)
+        self._cpl = 0
+        self._alignment_check = False
+        self._handlers.clear()
+        self._msrs.reset()
+        self._enter_mode()
+        self._flush_tlb(keep_global=False)
+
+    # Identification and registers
+
+    def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidLeaf:
+        """CPUID: return EAX, EBX, ECX, EDX of a leaf."""
+        answer = self.model.table.leaf(leaf, subleaf)
+        if self._trace.active:
+            self._trace.emit(
+                "cpuid",
+                leaf=leaf,
+                subleaf=subleaf,
+                eax=answer.eax,
+                ebx=answer.ebx,
+                ecx=answer.ecx,
+                edx=answer.edx,
+            )
+        return answer
+
+    def rdmsr(self, index: int) -> int:
+        """RDMSR: return a 64-bit register.
+
+        Raises:
+            GeneralProtection: no such register, or it cannot be read.
+        """
+        value = self._msrs.read(index)
+        if self._trace.active:
+            self._trace.emit("rdmsr", index=index, value=value)
+        return value
+
+    def wrmsr(self, index: int, value: int) -> None:
+        """WRMSR: write a 64-bit register.
+
+        Raises:
+            GeneralProtection: no such register, read-only, or reserved bits.
+        """
+        self._msrs.write(index, value, paging=bool(self._cr0.paging))
+        if self._trace.active:
+            self._trace.emit("wrmsr", index=index, value=value)
+
+    def read_cr0(self) -> int:
+        """MOV from CR0."""
+        return self._cr0.value
+
+    def read_cr3(self) -> int:
+        """MOV from CR3: table address with its C-bit, PCID."""
+        return self._cr3.value
+
+    def read_cr4(self) -> int:
+        """MOV from CR4."""
+        return self._cr4.value
+
+    def write_cr0(self, value: int) -> None:
+        """MOV to CR0; setting PG with EFER.LME enters long mode.
+
+        Raises:
+            GeneralProtection: an invalid combination.
+            UnmodelledMode: paging outside long mode.
+        """
+        new = Cr0(value)
+        efer = self._msrs.get(Efer)
+        check_cr0(self._cr0, new, self._cr4, efer)
+        if new.paging and not efer.lme:
+            raise UnmodelledMode(f"MOV CR0 {value:#x}: paging with EFER.LME = 0")
+        self._note_cr(0, value)
+        turned = new.paging != self._cr0.paging
+        self._cr0 = new
+        self._msrs.set(efer.replace(lma=new.paging & efer.lme))
+        self._enter_mode()
+        if turned:
+            self._flush_tlb(keep_global=False)
+
+    def write_cr3(self, value: int) -> None:
+        """MOV to CR3: address of the top table, its C-bit, PCID.
+
+        Drops translations that are not global; the hint to keep them (bit 63 with
+        CR4.PCIDE) is accepted and not taken.
+
+        Raises:
+            GeneralProtection: bits above the reduced physical width.
+        """
+        new = Cr3(value)
+        check_cr3(new, self._cr4, self._rules)
+        self._note_cr(3, value)
+        self._cr3 = new.replace(no_flush=0)
+        self._flush_tlb(keep_global=bool(self._cr4.pge))
+
+    def write_cr4(self, value: int) -> None:
+        """MOV to CR4; a change of PGE, PAE, LA57, SMEP or PCIDE flushes the TLB.
+
+        Raises:
+            GeneralProtection: reserved bits, or a feature that CPUID does not offer.
+        """
+        new = Cr4(value)
+        long_mode = bool(self._msrs.get(Efer).lma)
+        check_cr4(self._cr4, new, self.model, long_mode=long_mode)
+        self._note_cr(4, value)
+        changed = new.value ^ self._cr4.value
+        self._cr4 = new
+        self._enter_mode()
+        if changed & _FLUSHING_CR4:
+            self._flush_tlb(keep_global=False)
+
+    @property
+    def cpl(self) -> int:
+        """Current privilege level, 0 (kernel) or 3 (user)."""
+        return self._cpl
+
+    @cpl.setter
+    def cpl(self, level: int) -> None:
+        if level not in (0, 3):
+            raise CallerError(f"CPL {level}: 0 or 3 expected")
+        self._cpl = level
+        self._drop_views()
+
+    @property
+    def alignment_check(self) -> bool:
+        """RFLAGS.AC, what STAC and CLAC change: it lifts SMAP."""
+        return self._alignment_check
+
+    @alignment_check.setter
+    def alignment_check(self, value: bool) -> None:
+        self._alignment_check = value
+        self._enter_mode()
+
+    def set_handler(self, vector: int, handler: ExceptionHandler | None) -> None:
+        """Install the handler of an exception, or remove it with None."""
+        if handler is None:
+            self._handlers.pop(vector, None)
+        else:
+            self._handlers[vector] = handler
+
+    # Loads and stores
+
+    def load64(self, va: int) -> int:
+        """Load 8 bytes, little-endian.
+
+        Raises:
+            PageFault: no handler cured the failed translation.
+            GeneralProtection: `va` is not canonical.
+        """
+        view = self._load_views.get(va >> 12)
+        if view is not None and (offset := va & 0xFFF) <= 0xFF8:
+            return _unpack_u64(view, offset)[0]  # type: ignore[no-any-return]
+        return int.from_bytes(self._load_slow(va, 8, _READ), "little")
+
+    def store64(self, va: int, value: int) -> None:
+        """Store 8 bytes, little-endian; raises as `load64`."""
+        view = self._store_views.get(va >> 12)
+        if view is not None and (offset := va & 0xFFF) <= 0xFF8:
+            _pack_u64(view, offset, value)
+            return
+        self._store_slow(va, value.to_bytes(8, "little"))
+
+    def load(self, va: VirtAddr | int, length: int) -> bytes:
+        """Load `length` bytes; raises as `load64`."""
+        view = self._load_views.get(va >> 12)
+        offset = va & PAGE_OFFSET_MASK
+        if view is not None and offset + length <= PAGE_SIZE:
+            return bytes(view[offset : offset + length])
+        return self._load_slow(va, length, _READ)
+
+    def store(self, va: VirtAddr | int, data: bytes | memoryview) -> None:
+        """Store bytes; raises as `load64`. Pages before a fault keep what came."""
+        view = self._store_views.get(va >> 12)
+        offset = va & PAGE_OFFSET_MASK
+        if view is not None and offset + len(data) <= PAGE_SIZE:
+            view[offset : offset + len(data)] = data
+            return
+        self._store_slow(va, data)
+
+    def fetch(self, va: VirtAddr | int, length: int) -> bytes:
+        """Fetch instruction bytes: as a load, but NX and SMEP apply."""
+        return self._load_slow(va, length, _FETCH)
+
+    def load_array(self, va: VirtAddr | int, count: int) -> npt.NDArray[np.uint64]:
+        """Load `count` 64-bit words, one translation per page."""
+        return np.frombuffer(self._load_slow(va, 8 * count, _READ), "<u8")
+
+    def store_array(self, va: VirtAddr | int, words: npt.NDArray[np.uint64]) -> None:
+        """Store 64-bit words, one translation per page."""
+        self._store_slow(va, memoryview(np.ascontiguousarray(words, "<u8")).cast("B"))
+
+    def copy(self, target: VirtAddr | int, source: VirtAddr | int, length: int) -> None:
+        """REP MOVSB: copy upwards through both mappings.
+
+        Where a run of source and target is the same frame under two tags, the bytes
+        move `MOVE_SIZE` at a time, alternating between the tags, as microcode does;
+        between different frames whole runs move at memory speed.
+        """
+        done = 0
+        for to in self._runs(target, length, _WRITE):
+            end = done + to.length
+            for run in self._runs(source + done, to.length, _READ):
+                into = to.pa + to.length - (end - done)
+                self._copy_run(into, to.slot, run)
+                done += run.length
+
+    def fill(self, va: VirtAddr | int, value: int, length: int) -> None:
+        """REP STOSB: store `length` copies of a byte."""
+        for run in self._runs(va, length, _WRITE):
+            view = self._bus.claim_ram(
+                run.pa, run.length, run.slot, write=True, overwrite=True
+            )
+            if view is None:
+                self._bus.store(run.pa, bytes([value]) * run.length, run.slot)
+            else:
+                view[:] = value
+
+    # Flushes
+
+    def invlpg(self, va: VirtAddr | int) -> None:
+        """INVLPG: drop the translations of the page that holds `va`, global or not."""
+        for page in self._tlb.drop(va >> PAGE_SHIFT):
+            self._load_views.pop(page, None)
+            self._store_views.pop(page, None)
+
+    def wbinvd(self) -> None:
+        """WBINVD: write back and empty the caches."""
+        self._caches.write_back_invalidate()
+
+    def clflush(self, va: VirtAddr | int) -> None:
+        """CLFLUSH: write back and drop the line of `va`, under this mapping's tag.
+
+        Raises:
+            PageFault: `va` is not mapped for reading.
+        """
+        for run in self._runs(va, 1, _READ):
+            self._caches.flush_line(run.slot, run.pa)
+
+    # Translation
+
+    def translate(self, va: VirtAddr | int, *, write: bool = False) -> Translation:
+        """Return the translation that an access would use, and fill the TLB.
+
+        Raises:
+            PageFault, GeneralProtection: as the access would.
+        """
+        return self._translate(va, _WRITE if write else _READ)
+
+    def _translate(self, va: int, access: int) -> Translation:
+        walker = self._walker
+        if walker is None:
+            if va >> 32:
+                raise GeneralProtection(f"address {va:#x}: 32 bits with paging off")
+            pa = va & -PAGE_SIZE
+            slot = self._controller.slot_for(False)
+            return Translation(pa, slot, 7, True, False, PAGE_SHIFT, 0)
+        if not walker.format.is_canonical(va):
+            raise GeneralProtection(
+                f"address {va:#x} is not canonical with {walker.format.name} paging"
+            )
+        if self._cpl:
+            access |= _USER
+        page = va >> PAGE_SHIFT
+        found = self._tlb.entries.get(page)
+        if (
+            found is not None
+            and found.rights | access << 3 not in walker.refused
+            and (found.dirty or not access & _WRITE)
+        ):
+            return found
+        # A refused or clean translation is walked again, as hardware does.
+        found = self._walk_with_handler(walker, va, access)
+        self._tlb.insert(page, found)
+        return found
+
+    def _walk_with_handler(
+        self, walker: PageWalker, va: int, access: int
+    ) -> Translation:
+        for _ in range(MAX_RETRIES):
+            try:
+                return walker.walk(self._cr3.value, va, access)
+            except PageFault as fault:
+                self.invlpg(va)
+                self.cr2 = va
+                if self._trace.active:
+                    self._trace.emit("page-fault", va=va, code=int(fault.code))
+                handler = self._handlers.get(PageFault.vector)
+                if handler is None or not handler(self, fault):
+                    raise
+        raise CbitError(f"#PF at {va:#x}: still faulting after {MAX_RETRIES} retries")
+
+    def _runs(self, va: int, length: int, access: int) -> Iterator[Run]:
+        """Split [va, va + length) where the frame, the tag or the leaf ends."""
+        while length > 0:
+            leaf = self._translate(va, access)
+            pa = leaf.pa | va & PAGE_OFFSET_MASK
+            size = 1 << leaf.shift
+            step = min(length, size - (va & size - 1))
+            yield Run(pa, step, leaf.slot)
+            va += step
+            length -= step
+
+    # The slow paths
+
+    def _load_slow(self, va: int, length: int, access: int) -> bytes:
+        parts = []
+        for run in self._runs(va, length, access):
+            parts.append(self._bus.load(run.pa, run.length, run.slot))
+        if len(parts) != 1:
+            return b"".join(parts)
+        if access == _READ:
+            self._keep_view(va, run, write=False)
+        return parts[0]
+
+    def _store_slow(self, va: int, data: bytes | memoryview) -> None:
+        done = 0
+        for run in self._runs(va, len(data), _WRITE):
+            part = data[done : done + run.length]
+            self._bus.store(run.pa, part, run.slot)
+            done += run.length
+        if data and done == run.length:
+            self._keep_view(va, run, write=True)
+
+    def _keep_view(self, va: int, only: Run, *, write: bool) -> None:
+        """Let later accesses to the first page go straight to its bytes, if they may.
+
+        `only` is the one run of the access.
+        """
+        view = self._bus.page_view(only.pa >> PAGE_SHIFT, only.slot, write=write)
+        if view is not None:
+            views = self._store_views if write else self._load_views
+            views[va >> PAGE_SHIFT] = view
+
+    def _copy_run(self, into: int, slot: int, run: Run) -> None:
+        if into < run.pa + run.length and run.pa < into + run.length:
+            for done in range(0, run.length, MOVE_SIZE):
+                size = min(MOVE_SIZE, run.length - done)
+                data = self._bus.load(run.pa + done, size, run.slot)
+                self._bus.store(into + done, data, slot)
+            return
+        source = self._bus.claim_ram(run.pa, run.length, run.slot, write=False)
+        if source is None or _share_a_page(into, run):
+            data = self._bus.load(run.pa, run.length, run.slot)
+            self._bus.store(into, data, slot)
+            return
+        target = self._bus.claim_ram(
+            into, run.length, slot, write=True, overwrite=True
+        )
+        if target is None:
+            self._bus.store(into, source.tobytes(), slot)
+        else:
+            np.copyto(target, source)
+
+    # Modes
+
+    def _enter_mode(self) -> None:
+        """Derive the walker from CR0, CR4, EFER, SYSCFG and the model."""
+        efer = self._msrs.get(Efer)
+        self._rules = self._address_rules(bool(efer.nxe))
+        if self._walker is not None:
+            self._walker.drop_views()
+        if self._cr0.paging:
+            self._walker = PageWalker(
+                self._bus,
+                LONG_5_LEVEL if self._cr4.la57 else LONG_4_LEVEL,
+                self._rules,
+                Protection(
+                    write_protect=bool(self._cr0.write_protect),
+                    smep=bool(self._cr4.smep),
+                    smap=bool(self._cr4.smap) and not self._alignment_check,
+                ),
+            )
+        else:
+            self._walker = None
+        self._drop_views()
+
+    def _address_rules(self, no_execute: bool) -> AddressRules:
+        """Width and C-bit: reduced from the moment SYSCFG[23] is set.
+
+        Source: Linux 6.1.192 arch/x86/kernel/cpu/amd.c, early_detect_mem_encrypt().
+        """
+        model = self.model
+        width, c_mask = model.phys_bits, 0
+        encryption = model.memory_encryption
+        if self._msrs.get(Syscfg).mem_encrypt and encryption.usable:
+            width = encryption.phys_bits_with_sme
+            c_mask = 1 << encryption.c_bit
+        return AddressRules(width, c_mask, no_execute, model.page_1gb)
+
+    def _msr_written(self, index: int, value: int) -> None:
+        if index == Efer.ADDRESS:
+            self._enter_mode()
+        elif index == Syscfg.ADDRESS:
+            # Width and C-bit change what every cached translation means.
+            self._enter_mode()
+            self._flush_tlb(keep_global=False)
+
+    def _flush_tlb(self, *, keep_global: bool) -> None:
+        self._tlb.flush(keep_global=keep_global)
+        self._drop_views()
+
+    def _drop_views(self) -> None:
+        self._load_views.clear()
+        self._store_views.clear()
+        if self._walker is not None:
+            self._walker.drop_views()
+
+    def _note_cr(self, number: int, value: int) -> None:
+        if self._trace.active:
+            self._trace.emit("cr", register=f"cr{number}", value=value)
+
+
+_FLUSHING_CR4 = sum(
+    Cr4.FIELDS[name].mask for name in ("pge", "pae", "la57", "smep", "pcide")
+)
+
+
+def _share_a_page(into: int, run: Run) -> bool:
+    """Tell whether two disjoint ranges of equal length have a page in common."""
+    low, high = sorted((into, run.pa))
+    return (low + run.length - 1) >> PAGE_SHIFT >= high >> PAGE_SHIFT

@@ -1,0 +1,459 @@
+"""The caches: plaintext lines tagged (address, key slot) in front of DRAM.
+
+The cache is the plaintext, DRAM is the ciphertext, and bytes pass the AES engine only
+when they travel between the two: at a fill, a write-back, a flush. There is no
+capacity: a line stays until it is flushed, evicted on request, or claimed by another
+tag on a coherent part. Every such state is one that silicon may be in.
+
+Coherent parts (CPUID 8000_001F EAX[10]): an access through one tag first writes back
+and drops the same bytes of every other tag; whole pages are the unit.
+
+Incoherent parts: no such snoop. Lines of different tags for one address live side by
+side; a stale line is returned as it is, and of two dirty ones the later write-back
+wins, in an order drawn from the seed.
+
+Source: [APM2] 15.34.7; Linux 6.1.192 arch/x86/kernel/process.c, stop_this_cpu().
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from enum import Enum
+
+import numpy as np
+
+from ..trace import Trace
+from ..types import CACHE_LINE_SIZE, LINES_PER_PAGE, PAGE_SHIFT, PAGE_SIZE, PhysAddr
+from .controller import SLOT_NONE, MemoryController
+from .dram import Dram
+from .hazard import Hazard, HazardError
+from .line_store import ALL, ALL_LINES, Index, LineStore, Words, masks_to_lines, runs
+from .sparse import Bytes
+
+
+class HazardPolicy(Enum):
+    """What to do with an access that silicon leaves undefined."""
+
+    RECORD = "record"
+    RAISE = "raise"
+
+
+def line_mask(start: int, end: int) -> int:
+    """Return the lines that bytes [start, end) of a page touch, as a 64-bit mask."""
+    first = start // CACHE_LINE_SIZE
+    count = -(-end // CACHE_LINE_SIZE) - first
+    return ((1 << count) - 1) << first
+
+
+def covered_mask(start: int, end: int) -> int:
+    """Return the lines that bytes [start, end) of a page cover from end to end."""
+    first = -(-start // CACHE_LINE_SIZE)
+    count = end // CACHE_LINE_SIZE - first
+    return ((1 << count) - 1) << first if count > 0 else 0
+
+
+class CacheHierarchy:
+    """All caches of the machine as one.
+
+    Args:
+        dram: the cells behind.
+        controller: gives the engine of a slot.
+        coherent: whether the part keeps tags coherent by itself.
+        random_source: decides the order of conflicting write-backs and evictions.
+        hazards: record, or raise at the access.
+        trace: receives `tag-change`, `flush` and `hazard`.
+
+    Attributes:
+        hazards_met: every hazard so far, in order.
+        tag_changes: pages that passed from one tag to another.
+    """
+
+    def __init__(
+        self,
+        dram: Dram,
+        controller: MemoryController,
+        *,
+        coherent: bool,
+        random_source: random.Random,
+        hazards: HazardPolicy,
+        trace: Trace,
+    ) -> None:
+        self.coherent = coherent
+        self.hazards_met: list[Hazard] = []
+        self.tag_changes = 0
+        self._dram = dram
+        self._controller = controller
+        self._random = random_source
+        self._policy = hazards
+        self._trace = trace
+        self._stores: dict[int, LineStore] = {}
+        # The tag that touched a page last, plus 1; on coherent parts its only owner.
+        self._owner = np.zeros(dram.size >> PAGE_SHIFT, np.uint16)
+        self._owner_word = memoryview(self._owner)
+        self._view_holders: list[Callable[[], None]] = []
+
+    # Accesses
+
+    def claim(
+        self,
+        slot: int,
+        pa: int,
+        length: int,
+        *,
+        write: bool = False,
+        overwrite: bool = False,
+    ) -> Bytes:
+        """Bring bytes into the cache under a tag and return them as a live view.
+
+        The view is valid until the next call of any method of this object.
+
+        Args:
+            slot: key slot of the access.
+            pa: physical address; [pa, pa + length) lies in RAM.
+            length: bytes, 1 or more.
+            write: mark the lines dirty; the caller stores into the view.
+            overwrite: the caller stores every byte, so lines that are covered from
+                end to end need not be filled first.
+
+        Raises:
+            HazardError: an undefined access, under `HazardPolicy.RAISE`.
+        """
+        store = self._store(slot)
+        first = pa >> PAGE_SHIFT
+        start = pa & (PAGE_SIZE - 1)
+        end = start + length
+        if end <= PAGE_SIZE:
+            self._claim_page(store, first, start, end, write, overwrite)
+        else:
+            self._claim_run(store, first, start, end, write, overwrite)
+        return store.data.cells[pa : pa + length]
+
+    def page_view(self, slot: int, page: int, *, write: bool) -> memoryview | None:
+        """Return a page's 4096 bytes if plain accesses need no bookkeeping now.
+
+        The view holds until the holders registered with `hold_views` are called.
+        For writes every line must be dirty already; None says: use `claim`.
+        """
+        store = self._store(slot)
+        if self._owner_word[page] != slot + 1 or store.valid_word[page] != ALL_LINES:
+            return None
+        if write and store.dirty_word[page] != ALL_LINES:
+            return None
+        if not self.coherent:
+            if store.stale_word[page]:
+                return None
+            for other in self._stores.values():
+                if other is not store and (
+                    other.valid_word[page] if write else other.dirty_word[page]
+                ):
+                    return None
+        start = page << PAGE_SHIFT
+        return memoryview(store.data.cells)[start : start + PAGE_SIZE]
+
+    def hold_views(self, drop: Callable[[], None]) -> None:
+        """Call `drop` whenever views given by `page_view` become invalid."""
+        self._view_holders.append(drop)
+
+    # Flushes
+
+    def write_back_invalidate(self) -> None:
+        """WBINVD: write back every dirty line, then drop everything."""
+        if self._trace.active:
+            self._trace.emit("flush", what="wbinvd")
+        self.drain()
+        for store in self._stores.values():
+            store.forget_all()
+
+    def drain(self) -> None:
+        """Let every dirty line reach DRAM; lines stay cached, clean.
+
+        What a probe sees once the caches have come to rest.
+        """
+        self._drop_views()
+        dirty = [(s, s.pages_with(s.dirty)) for s in self._stores.values()]
+        dirty = [(store, pages) for store, pages in dirty if pages.size]
+        contested = self._contested_lines(dirty)
+        for store, pages in dirty:
+            self._write_back(store, pages, store.dirty[pages])
+        # Lines dirty under several tags: whoever is drawn comes last.
+        for line, slots in contested:
+            winner = self._stores[self._random.choice(slots)]
+            page, bit = divmod(line, LINES_PER_PAGE)
+            word = np.array([1 << bit], np.uint64)
+            self._write_back(winner, np.array([page], np.intp), word)
+        for store, pages in dirty:
+            store.dirty[pages] = 0
+
+    def flush_line(self, slot: int, pa: int) -> None:
+        """CLFLUSH: write back and drop the line of `pa`.
+
+        On incoherent parts only the line of this tag: the instruction names a
+        mapping, and the mapping names the tag. On coherent parts every tag's.
+        """
+        page = np.array([pa >> PAGE_SHIFT], np.intp)
+        if self._trace.active:
+            self._trace.emit("flush", what="clflush", pa=pa, slot=slot)
+        self._drop_views()
+        if self.coherent:
+            for store in self._stores.values():
+                self._write_back(store, page, store.dirty[page])
+                store.invalidate(page)
+            return
+        store = self._store(slot)
+        mask = np.uint64(line_mask(pa % PAGE_SIZE, pa % PAGE_SIZE + 1))
+        self._write_back(store, page, store.dirty[page] & mask)
+        for words in (store.valid, store.dirty, store.stale):
+            words[page] &= ~mask
+
+    def evict(self, share: float = 0.5) -> None:
+        """Write back and drop a drawn share of the cached pages, tag by tag.
+
+        What capacity does to a cache at a moment nobody chose.
+        """
+        self._drop_views()
+        for store in list(self._stores.values()):
+            pages = store.pages_with(store.valid)
+            chosen = np.array(
+                [page for page in pages.tolist() if self._random.random() < share],
+                np.intp,
+            )
+            self._write_back(store, chosen, store.dirty[chosen])
+            store.invalidate(chosen)
+
+    def lose(self) -> None:
+        """Drop everything unwritten, as a power loss does."""
+        self._drop_views()
+        for store in self._stores.values():
+            store.forget_all()
+
+    # Claims, page by page and in runs
+
+    def _store(self, slot: int) -> LineStore:
+        store = self._stores.get(slot)
+        if store is None:
+            store = self._stores[slot] = LineStore(slot, self._dram.size)
+        return store
+
+    def _claim_page(
+        self,
+        store: LineStore,
+        page: int,
+        start: int,
+        end: int,
+        write: bool,
+        overwrite: bool,
+    ) -> None:
+        touched = fill = ALL_LINES if self.coherent else line_mask(start, end)
+        if overwrite:
+            if not self.coherent:
+                fill &= ~covered_mask(start, end)
+            elif end - start == PAGE_SIZE:
+                fill = 0
+        if self._owner_word[page] != store.slot + 1:
+            self._change_hands(store, page, page + 1)
+        if not self.coherent:
+            words = np.array([touched], np.uint64)
+            self._check_hazards(store, page, words, np.uint64(fill), write)
+        missing = fill & ~store.valid_word[page]
+        if missing:
+            self._fill(
+                store, np.array([page], np.intp), np.array([missing], np.uint64)
+            )
+        store.valid_word[page] |= touched
+        store.mark_used(page, page + 1)
+        if write:
+            store.dirty_word[page] |= touched
+            if not self.coherent:
+                self._outdate_others(store, page, np.array([touched], np.uint64))
+
+    def _claim_run(
+        self,
+        store: LineStore,
+        first: int,
+        start: int,
+        end: int,
+        write: bool,
+        overwrite: bool,
+    ) -> None:
+        count = -(-end // PAGE_SIZE)
+        last_end = end - (count - 1) * PAGE_SIZE
+        last = first + count
+        touched = np.full(count, ALL)
+        covered = np.full(count, ALL if overwrite else np.uint64(0))
+        if self.coherent:
+            covered[0] = 0 if start else covered[0]
+            covered[-1] = 0 if last_end < PAGE_SIZE else covered[-1]
+        else:
+            touched[0] = line_mask(start, PAGE_SIZE)
+            touched[-1] = line_mask(0, last_end)
+            covered[0] &= np.uint64(covered_mask(start, PAGE_SIZE))
+            covered[-1] &= np.uint64(covered_mask(0, last_end))
+        if (self._owner[first:last] != store.slot + 1).any():
+            self._change_hands(store, first, last)
+        if not self.coherent:
+            self._check_hazards(store, first, touched, touched & ~covered, write)
+        missing = touched & ~covered & ~store.valid[first:last]
+        lacking = np.flatnonzero(missing)
+        store.data.expect_bulk(first, last)
+        if lacking.size:
+            self._fill(store, lacking + first, missing[lacking])
+        store.valid[first:last] |= touched
+        store.mark_used(first, last)
+        if write:
+            store.dirty[first:last] |= touched
+            if not self.coherent:
+                self._outdate_others(store, first, touched)
+
+    def _change_hands(self, store: LineStore, first: int, end: int) -> None:
+        """Make `store` the tag that touched the pages last.
+
+        On coherent parts every other tag's lines leave first.
+        """
+        self._drop_views()
+        for other in self._stores.values():
+            if other is store:
+                continue
+            pages = np.flatnonzero(other.valid[first:end]) + first
+            if not pages.size:
+                continue
+            self.tag_changes += int(pages.size)
+            if self._trace.active:
+                for run_first, run_end in runs(pages):
+                    self._trace.emit(
+                        "tag-change",
+                        pa=run_first << PAGE_SHIFT,
+                        pages=run_end - run_first,
+                        from_slot=other.slot,
+                        to_slot=store.slot,
+                    )
+            if self.coherent:
+                dirty = pages[other.dirty[pages] != 0]
+                self._write_back(other, dirty, other.dirty[dirty])
+                other.invalidate(pages)
+        self._owner[first:end] = store.slot + 1
+
+    # Traffic between line stores and DRAM
+
+    def _fill(self, store: LineStore, pages: Index, masks: Words) -> None:
+        whole = masks == ALL
+        for units, cells, lines in (
+            (pages[whole], self._dram.pages, store.data.pages),
+            (_lines(pages, masks, ~whole), self._dram.lines, store.data.lines),
+        ):
+            if not units.size:
+                continue
+            if store.slot == SLOT_NONE:
+                _copy_units(units, cells, lines)
+            else:
+                engine = self._controller.engine(store.slot)
+                engine.decrypt_units(units, cells, lines)
+
+    def _write_back(self, store: LineStore, pages: Index, masks: Words) -> None:
+        whole = masks == ALL
+        for units, lines, cells in (
+            (pages[whole], store.data.pages, self._dram.pages),
+            (_lines(pages, masks, ~whole), store.data.lines, self._dram.lines),
+        ):
+            if not units.size:
+                continue
+            if cells is self._dram.pages:
+                for first, end in runs(units):
+                    self._dram.expect_bulk(first, end)
+            if store.slot == SLOT_NONE:
+                _copy_units(units, lines, cells)
+            else:
+                engine = self._controller.engine(store.slot)
+                engine.encrypt_units(units, lines, cells)
+        for first, end in runs(pages):
+            self._dram.mark_written(first, end, store.slot)
+
+    def _contested_lines(
+        self, dirty: list[tuple[LineStore, Index]]
+    ) -> list[tuple[int, list[int]]]:
+        """Return the lines that are dirty under two tags or more, with the tags."""
+        if self.coherent or len(dirty) < 2:
+            return []
+        tags: dict[int, list[int]] = {}
+        pages, counts = np.unique(
+            np.concatenate([pages for _, pages in dirty]), return_counts=True
+        )
+        shared = pages[counts > 1]
+        for store, _ in dirty:
+            for line in masks_to_lines(shared, store.dirty[shared]).tolist():
+                tags.setdefault(line, []).append(store.slot)
+        return [(line, slots) for line, slots in tags.items() if len(slots) > 1]
+
+    # Hazards
+
+    def _check_hazards(
+        self, store: LineStore, first: int, touched: Words, used: Words, write: bool
+    ) -> None:
+        """Report lines whose bytes silicon leaves open; `used` are read or merged."""
+        end = first + touched.size
+        for other in self._stores.values():
+            if other is store:
+                continue
+            alias = other.dirty[first:end] & touched
+            if alias.any():
+                self._report("dirty-alias", store, other.slot, first, alias, write)
+        stale = store.stale[first:end] & touched & used
+        if stale.any():
+            writers = [slot for slot in self._stores if slot != store.slot]
+            self._report("stale-line", store, writers[0], first, stale, write)
+
+    def _report(
+        self,
+        kind: str,
+        store: LineStore,
+        other_slot: int,
+        first: int,
+        masks: Words,
+        write: bool,
+    ) -> None:
+        pages = np.flatnonzero(masks)
+        for start, end in runs(masks_to_lines(pages + first, masks[pages])):
+            hazard = Hazard(
+                kind,
+                PhysAddr(start * CACHE_LINE_SIZE),
+                (end - start) * CACHE_LINE_SIZE,
+                store.slot,
+                other_slot,
+                write,
+            )
+            if self._policy is HazardPolicy.RAISE:
+                raise HazardError(hazard)
+            self.hazards_met.append(hazard)
+            if self._trace.active:
+                self._trace.emit(
+                    "hazard",
+                    what=kind,
+                    pa=hazard.pa,
+                    length=hazard.length,
+                    slot=hazard.slot,
+                    other_slot=other_slot,
+                    access="store" if write else "load",
+                )
+
+    def _outdate_others(self, store: LineStore, first: int, touched: Words) -> None:
+        """After a store: the same lines of other tags no longer show the truth."""
+        end = first + touched.size
+        store.stale[first:end] &= ~touched
+        for other in self._stores.values():
+            if other is not store:
+                other.stale[first:end] |= other.valid[first:end] & touched
+
+    def _drop_views(self) -> None:
+        for drop in self._view_holders:
+            drop()
+
+
+def _lines(pages: Index, masks: Words, chosen: np.ndarray) -> Index:
+    if not chosen.any():
+        return np.empty(0, np.intp)
+    return masks_to_lines(pages[chosen], masks[chosen])
+
+
+def _copy_units(units: Index, source: Bytes, target: Bytes) -> None:
+    for first, end in runs(units):
+        target[first:end] = source[first:end]

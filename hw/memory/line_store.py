@@ -1,0 +1,93 @@
+"""The cached plaintext of one key slot, with valid, dirty and stale bits per line."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..types import LARGE_PAGE_SIZE, LINES_PER_PAGE, PAGE_SIZE
+from .sparse import PAGES_PER_REGION, SparseMemory
+
+Words = npt.NDArray[np.uint64]
+Index = npt.NDArray[np.intp]
+
+ALL_LINES = (1 << LINES_PER_PAGE) - 1
+"""A page's 64 lines fill one 64-bit word: bit n is the line at 64 * n."""
+
+ALL = np.uint64(ALL_LINES)
+
+
+class LineStore:
+    """Lines tagged (address, slot); data[a] is meaningful where `valid` says so.
+
+    Attributes:
+        slot: the key slot.
+        data: plaintext, as long as RAM.
+        valid, dirty: bit per line, shape (pages,).
+        stale: valid lines that another tag has overwritten since (incoherent parts).
+    """
+
+    def __init__(self, slot: int, size: int) -> None:
+        pages = size // PAGE_SIZE
+        self.slot = slot
+        self.data = SparseMemory(size)
+        self.valid: Words = np.zeros(pages, np.uint64)
+        self.dirty: Words = np.zeros(pages, np.uint64)
+        self.stale: Words = np.zeros(pages, np.uint64)
+        # Plain integers for the one-page paths: numpy scalars cost three times more.
+        self.valid_word = memoryview(self.valid)
+        self.dirty_word = memoryview(self.dirty)
+        self.stale_word = memoryview(self.stale)
+        self._used = np.zeros(-(-size // LARGE_PAGE_SIZE), np.bool_)
+
+    def mark_used(self, first: int, end: int) -> None:
+        """Note that pages [first, end) hold lines, so that searches look there."""
+        self._used[first // PAGES_PER_REGION : -(-end // PAGES_PER_REGION)] = True
+
+    def pages_with(self, words: Words) -> Index:
+        """Return the pages whose word is not 0, ascending; cost follows use."""
+        found = [
+            np.flatnonzero(words[start : start + PAGES_PER_REGION]) + start
+            for start in (np.flatnonzero(self._used) * PAGES_PER_REGION).tolist()
+        ]
+        return np.concatenate(found) if found else np.empty(0, np.intp)
+
+    def invalidate(self, pages: Index) -> None:
+        """Drop all lines of the pages, written back or not."""
+        self.valid[pages] = 0
+        self.dirty[pages] = 0
+        self.stale[pages] = 0
+        for first, end in runs(pages):
+            if end - first >= PAGES_PER_RELEASE:
+                self.data.release(first, end)
+
+    def forget_all(self) -> None:
+        """Drop every line, written back or not."""
+        self.invalidate(self.pages_with(self.valid))
+        self._used[:] = False
+
+
+PAGES_PER_RELEASE = 64
+"""Runs from this length up go back to the host: a system call is worth 256 KiB."""
+
+
+def runs(pages: Index) -> list[tuple[int, int]]:
+    """Return ascending page numbers as half-open runs."""
+    if not pages.size:
+        return []
+    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+    firsts = pages[np.concatenate(([0], breaks))]
+    lasts = pages[np.concatenate((breaks - 1, [pages.size - 1]))]
+    return [
+        (first, last + 1)
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+    ]
+
+
+def masks_to_lines(pages: Index, masks: Words) -> Index:
+    """Return the line numbers (address / 64) that the masks of the pages name."""
+    bits = np.unpackbits(
+        masks.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little"
+    )
+    which, line = np.nonzero(bits)
+    return pages[which] * LINES_PER_PAGE + line

@@ -1,0 +1,47 @@
+"""Model-specific registers: their fields, their rules, and the file of one core."""
+
+from .msr_file import MsrFault, MsrFile
+from .registers import (
+    Efer,
+    Ghcb,
+    Hwcr,
+    Msr,
+    Pat,
+    RmpBase,
+    RmpEnd,
+    SevStatus,
+    SmmAddr,
+    SmmBase,
+    SmmMask,
+    Syscfg,
+    TopMem,
+    TopMem2,
+    VmHsavePa,
+    VmPageFlush,
+)
+from .rules import MSRS, RULES, Access, MsrRule
+
+__all__ = [
+    "MSRS",
+    "RULES",
+    "Access",
+    "Efer",
+    "Ghcb",
+    "Hwcr",
+    "Msr",
+    "MsrFault",
+    "MsrFile",
+    "MsrRule",
+    "Pat",
+    "RmpBase",
+    "RmpEnd",
+    "SevStatus",
+    "SmmAddr",
+    "SmmBase",
+    "SmmMask",
+    "Syscfg",
+    "TopMem",
+    "TopMem2",
+    "VmHsavePa",
+    "VmPageFlush",
+]

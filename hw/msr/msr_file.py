@@ -1,0 +1,142 @@
+"""`MsrFile`: the model-specific registers of one core, as RDMSR and WRMSR see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from ..cpuid import CpuModel
+from ..errors import CallerError
+from ..faults import GeneralProtection
+from .registers import Msr
+from .rules import RULE_BY_ADDRESS, RULES, Access, MsrRule, Write
+
+MsrType = TypeVar("MsrType", bound=Msr)
+
+
+class MsrFault(GeneralProtection):
+    """#GP(0) out of RDMSR or WRMSR.
+
+    Attributes:
+        index: the MSR's address.
+        value: the operand of WRMSR; None for RDMSR.
+    """
+
+    def __init__(self, index: int, value: int | None, reason: str) -> None:
+        self.index = index
+        self.value = value
+        known = RULE_BY_ADDRESS.get(index)
+        name = f" ({known.register.NAME})" if known else ""
+        operand = "" if value is None else f" <- {value:#x}"
+        verb = "RDMSR" if value is None else "WRMSR"
+        super().__init__(f"{verb} {index:#010x}{name}{operand}: {reason}")
+
+
+class MsrFile:
+    """The registers of one core; every core has a file of its own.
+
+    `read` and `write` obey the rules that software is under. `get` and `set` are the
+    hardware's own access: they never fault and call nobody back.
+
+    Args:
+        model: the processor; it decides which registers and bits exist.
+        smee: firmware switches memory encryption on (SYSCFG[23]); without effect on a
+            part that has no usable C-bit, or under a hypervisor.
+    """
+
+    def __init__(self, model: CpuModel, smee: bool = True) -> None:
+        self.model = model
+        self.smee = smee
+        self._values: dict[int, int] = {}
+        self._callbacks: list[Callable[[int, int], None]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Give every register the value it has when firmware hands over."""
+        self._values = {
+            rule.register.ADDRESS: rule.reset(self.model, self.smee) for rule in RULES
+        }
+
+    def read(self, index: int) -> int:
+        """Execute RDMSR.
+
+        Args:
+            index: ECX, 32 bits.
+
+        Raises:
+            GeneralProtection: the processor has no such MSR, or it cannot be read; a
+                `MsrFault`, which names the MSR and what was expected.
+        """
+        rule = self._rule(index, None)
+        if Access.READ not in rule.access:
+            raise MsrFault(index, None, _refused_access(rule))
+        return self._values[index]
+
+    def write(self, index: int, value: int, *, paging: bool = False) -> None:
+        """Execute WRMSR.
+
+        Args:
+            index: ECX, 32 bits.
+            value: EDX:EAX, 64 bits.
+            paging: CR0.PG is 1; EFER.LME cannot change then.
+
+        Raises:
+            GeneralProtection: no such MSR, a read-only one, a reserved bit, or a value
+                that the register refuses; nothing has changed then.
+        """
+        if not 0 <= value < 1 << 64:
+            raise CallerError(f"WRMSR {index:#x}: 64 bits, got {value:#x}")
+        rule = self._rule(index, value)
+        if Access.WRITE not in rule.access:
+            raise MsrFault(index, value, _refused_access(rule))
+        writable = rule.writable_mask(self.model)
+        if value & ~writable:
+            raise MsrFault(
+                index,
+                value,
+                f"bits {value & ~writable:#x} are reserved on {self.model.name}, "
+                f"expected only bits of {writable:#x}",
+            )
+        write = Write(self._values[index], value, paging, self.model, self)
+        if reason := rule.objection(write):
+            raise MsrFault(index, value, reason)
+        self._values[index] = rule.kept(write)
+        told = self._values[index] if Access.READ in rule.access else value
+        for callback in self._callbacks:
+            callback(index, told)
+
+    def get(self, kind: type[MsrType]) -> MsrType:
+        """Return a register as the hardware knows it, decoded; absent ones as reset."""
+        return kind(self._values[kind.ADDRESS])
+
+    def set(self, register: Msr) -> None:
+        """Change a register from the hardware's side, past all rules."""
+        if register.ADDRESS not in self._values:
+            raise CallerError(f"{type(register).__name__} is no MSR of the machine")
+        self._values[register.ADDRESS] = register.value
+
+    def on_write(self, callback: Callable[[int, int], None]) -> None:
+        """Call `callback` with index and new value after each write by software.
+
+        For a write-only command register the value is what was written.
+        """
+        self._callbacks.append(callback)
+
+    def _rule(self, index: int, value: int | None) -> MsrRule:
+        if not 0 <= index < 1 << 32:
+            raise CallerError(f"an MSR's address has 32 bits, got {index:#x}")
+        rule = RULE_BY_ADDRESS.get(index)
+        if rule is None or not rule.present(self.model):
+            needs = rule.needs if rule else f"one of the {len(RULES)} declared MSRs"
+            raise MsrFault(
+                index, value, f"not present on {self.model.name}, expected {needs}"
+            )
+        return rule
+
+
+def _refused_access(rule: MsrRule) -> str:
+    return {
+        Access.NONE: "for a guest only, expected an access in guest mode",
+        Access.READ: "read-only, expected RDMSR",
+        Access.WRITE: "write-only, expected WRMSR",
+    }[rule.access]

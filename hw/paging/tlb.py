@@ -1,0 +1,80 @@
+"""The TLB: translations stay until software drops them.
+
+A changed entry without a flush goes on translating the old way. Large pages are held
+by 4 KiB piece; INVLPG drops all pieces of the page it hits.
+
+Source: [APM2] 5.5 (Translation-Lookaside Buffer).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..types import PAGE_SHIFT
+
+CAPACITY = 1 << 16
+"""Pieces kept; beyond that the oldest goes, as in any TLB."""
+
+
+class Translation(NamedTuple):
+    """One 4 KiB piece of a leaf mapping.
+
+    Attributes:
+        pa: physical address of the piece, without the C-bit.
+        slot: key slot that the leaf's C-bit selects.
+        rights: effective rights, bit 0 writable, bit 1 user, bit 2 executable.
+        dirty: the leaf's D bit is set, so a store needs no walk.
+        is_global: survives a write of CR3.
+        shift: log2 of the leaf's size: 12, 21 or 30.
+        entry: the leaf entry as read, C-bit and flags included.
+    """
+
+    pa: int
+    slot: int
+    rights: int
+    dirty: bool
+    is_global: bool
+    shift: int
+    entry: int
+
+
+class Tlb:
+    """Virtual page number to `Translation`.
+
+    Attributes:
+        entries: the translations; look up with `va >> 12`.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[int, Translation] = {}
+        self._pieces: dict[tuple[int, int], set[int]] = {}
+
+    def insert(self, page: int, translation: Translation) -> None:
+        """Keep a translation of virtual page `page`."""
+        if len(self.entries) >= CAPACITY:
+            del self.entries[next(iter(self.entries))]
+        self.entries[page] = translation
+        if translation.shift != PAGE_SHIFT:
+            large = (translation.shift, page >> translation.shift - PAGE_SHIFT)
+            self._pieces.setdefault(large, set()).add(page)
+
+    def drop(self, page: int) -> set[int]:
+        """INVLPG: drop whatever translates `page`; return the pages dropped."""
+        dropped = {page}
+        for shift in (21, 30):
+            dropped |= self._pieces.pop((shift, page >> shift - PAGE_SHIFT), set())
+        for piece in dropped:
+            self.entries.pop(piece, None)
+        return dropped
+
+    def flush(self, *, keep_global: bool) -> None:
+        """Drop everything, or everything that is not global."""
+        if keep_global:
+            kept = {p: t for p, t in self.entries.items() if t.is_global}
+            self.entries.clear()
+            self._pieces.clear()
+            for page, translation in kept.items():
+                self.insert(page, translation)
+        else:
+            self.entries.clear()
+            self._pieces.clear()

@@ -1,0 +1,220 @@
+"""The page walk: one loop over the levels that a `Format` lists.
+
+Each table is read through the C-bit of what points to it: CR3 for the top, an entry
+for the one below. A table written under the other setting reads as garbage here, as
+on silicon. Accessed and dirty bits are stored through the same setting (unverified).
+
+Source: [APM2] 5.3 (walk), 15.34.5 and Table 15-30 (what decides encryption).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import NamedTuple
+
+from ..faults import PageFault, PageFaultCode
+from ..memory import MemoryBus
+from ..types import PAGE_SHIFT
+from .formats import ENTRY_SIZE, INDEX_MASK, AddressRules, Entry, Format
+from .tlb import Translation
+
+
+class Access(IntFlag):
+    """Kind of access; the bits are those of the page-fault error code."""
+
+    READ = 0
+    WRITE = int(PageFaultCode.WRITE)
+    USER = int(PageFaultCode.USER)
+    FETCH = int(PageFaultCode.FETCH)
+
+
+WRITE = int(Access.WRITE)
+USER = int(Access.USER)
+FETCH = int(Access.FETCH)
+
+WRITABLE, FOR_USER, EXECUTABLE = 1, 2, 4
+"""Bits of `Translation.rights`."""
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Mode bits that decide which rights an access needs.
+
+    Attributes:
+        write_protect: CR0.WP.
+        smep: CR4.SMEP: supervisor code may not be fetched from user pages.
+        smap: CR4.SMAP and RFLAGS.AC = 0: supervisor data may not be on user pages.
+    """
+
+    write_protect: bool = True
+    smep: bool = False
+    smap: bool = False
+
+    def refuses(self, rights: int, access: int) -> str:
+        """Return why the access is refused, or "" if it is allowed."""
+        user = access & USER
+        if user and not rights & FOR_USER:
+            return "supervisor page, access from user mode"
+        if access & WRITE and not rights & WRITABLE and (user or self.write_protect):
+            return "page is not writable"
+        if access & FETCH and not rights & EXECUTABLE:
+            return "page is not executable"
+        if not user and rights & FOR_USER:
+            if access & FETCH and self.smep:
+                return "user page, supervisor fetch under SMEP"
+            if not access & FETCH and self.smap:
+                return "user page, supervisor access under SMAP"
+        return ""
+
+    def refused_pairs(self) -> frozenset[int]:
+        """Return every refused pair as `rights | access << 3`."""
+        kinds = (0, WRITE, FETCH, USER, USER | WRITE, USER | FETCH)
+        return frozenset(
+            rights | access << 3
+            for rights in range(8)
+            for access in kinds
+            if self.refuses(rights, access)
+        )
+
+
+class _Step(NamedTuple):
+    """One level as the loop needs it, every mask computed beforehand."""
+
+    name: str
+    shift: int
+    reserved_pointer: int
+    reserved_leaf: int
+    leaf_bits: int  # an entry with any of these bits is a leaf; P where all are
+    leaf_address: int
+
+
+class PageWalker:
+    """Walks tables of one format under one set of rules.
+
+    Args:
+        bus: where tables lie.
+        layout: levels and virtual width.
+        rules: address, reserved and C bits.
+        protection: which rights an access needs.
+    """
+
+    def __init__(
+        self,
+        bus: MemoryBus,
+        layout: Format,
+        rules: AddressRules,
+        protection: Protection,
+    ) -> None:
+        self.format = layout
+        self.rules = rules
+        self.protection = protection
+        self.refused = protection.refused_pairs()
+        self._bus = bus
+        self._c_mask = rules.c_mask
+        # A table is known by the bits that name it: address and C-bit.
+        self._key_mask = rules.address_mask | rules.c_mask
+        self._steps = [
+            _Step(
+                level.name,
+                level.shift,
+                rules.reserved_mask(level, leaf=False),
+                rules.reserved_mask(level, leaf=True),
+                int(Entry.P)
+                if level.maps_page
+                else int(Entry.PS) * rules.leaf_allowed(level),
+                rules.leaf_address_mask(level),
+            )
+            for level in layout.levels
+        ]
+        self._tables: dict[int, memoryview] = {}
+
+    def drop_views(self) -> None:
+        """Forget the views of table pages; their tag may have changed."""
+        self._tables.clear()
+
+    def walk(self, root: int, va: int, access: int) -> Translation:
+        """Translate `va` and set A, and D for a store.
+
+        Args:
+            root: CR3: table address and C-bit; PCID and flags are ignored.
+            va: canonical.
+            access: bits of `Access`.
+
+        Raises:
+            PageFault: not present, reserved bit, or refused; with level and entry.
+        """
+        tables = self._tables
+        key = root & self._key_mask
+        granted = -1  # a right survives if every level grants it; NX counts inverted
+        for step in self._steps:
+            shift = step.shift
+            index = va >> shift & INDEX_MASK
+            table = tables.get(key)
+            entry = table[index] if table else self._read_entry(key, index)
+            if not entry & 1:
+                raise self._fault(va, access, step, entry, "not present")
+            granted &= entry ^ _NX
+            if entry & step.leaf_bits:
+                break
+            if entry & step.reserved_pointer:
+                raise self._fault(va, access, step, entry, "reserved bit set")
+            if not entry & _A:
+                self._write_entry(key, index, entry | _A)
+            key = entry & self._key_mask
+
+        if entry & step.reserved_leaf:
+            raise self._fault(va, access, step, entry, "reserved bit set")
+        rights = granted >> 1 & 3 | granted >> 61 & EXECUTABLE
+        if rights | access << 3 in self.refused:
+            why = self.protection.refuses(rights, access)
+            raise self._fault(va, access, step, entry, why)
+        needed = _A | _D if access & WRITE else _A
+        if entry & needed != needed:
+            entry |= needed
+            self._write_entry(key, index, entry)
+        piece = va & (1 << shift) - 1 & -(1 << PAGE_SHIFT)
+        return Translation(
+            entry & step.leaf_address | piece,
+            self._bus.slot_for(entry & self._c_mask != 0),
+            rights,
+            entry & _D != 0,
+            entry & _G != 0,
+            shift,
+            entry,
+        )
+
+    def _read_entry(self, key: int, index: int) -> int:
+        pa, slot = self._place(key)
+        data = self._bus.load(pa + index * ENTRY_SIZE, ENTRY_SIZE, slot)
+        view = self._bus.page_view(pa >> PAGE_SHIFT, slot, write=False)
+        if view is not None:
+            self._tables[key] = view.cast("Q")
+        return int.from_bytes(data, "little")
+
+    def _write_entry(self, key: int, index: int, entry: int) -> None:
+        pa, slot = self._place(key)
+        data = entry.to_bytes(ENTRY_SIZE, "little")
+        self._bus.store(pa + index * ENTRY_SIZE, data, slot)
+
+    def _place(self, key: int) -> tuple[int, int]:
+        return key & ~self._c_mask, self._bus.slot_for(key & self._c_mask != 0)
+
+    def _fault(
+        self, va: int, access: int, step: _Step, entry: int, reason: str
+    ) -> PageFault:
+        code = PageFaultCode(access)
+        if entry & 1:
+            code |= PageFaultCode.PRESENT
+        if reason == "reserved bit set":
+            code |= PageFaultCode.RESERVED
+        if not self.rules.no_execute and not self.protection.smep:
+            # I/D is reported only where a fetch can be told apart.
+            code &= ~PageFaultCode.FETCH
+        return PageFault(va, code, reason, step.name, entry)
+
+
+_NX = int(Entry.NX)
+_A = int(Entry.A)
+_D = int(Entry.D)
+_G = int(Entry.G)

@@ -1,0 +1,37 @@
+"""Tables on stdout: framed and coloured on a terminal, aligned plain text in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print `rows` under `columns`; every cell is one line of plain text.
+
+    On a terminal the table is drawn by rich, which leaves colours out if NO_COLOR is
+    set. In a pipe columns are separated by two spaces or more and nothing is cut.
+    """
+    if sys.stdout.isatty():
+        _print_framed(columns, rows)
+        return
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def _print_framed(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    # Here and not above: most runs of a command never need rich, which loads slowly.
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(table)
