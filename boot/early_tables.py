@@ -200,6 +200,10 @@ def share_bss_decrypted(
     """Take the C-bit out of the PMDs that map .bss..decrypted.
 
     What lies there was encrypted a moment ago and reads as garbage until cleared.
+    Linux does not flush here. On a part without coherent tags the lines just copied
+    may still be dirty under C = 1 when .bss is cleared under C = 0, and which of the
+    two reaches DRAM last is open; this machine reports it as a hazard. The reference
+    flushes.
 
     Context: after the in-place encryption, on its tables: level2_kernel_pgt is
         reached through the identity map with C.
@@ -207,6 +211,9 @@ def share_bss_decrypted(
     Source: Linux 6.1.192 head64.c, sme_postprocess_startup().
     """
     shared = layout.bss_decrypted
+    if state.me_mask and shared.size:
+        # ORDER: between the copy through C = 1 and the first store through C = 0.
+        cpu.wbinvd()
     for pa in range(shared.start, shared.end, PMD_SIZE):
         index = table_index(layout.virt(PhysAddr(pa)), PMD_SHIFT)
         slot = data.level2_kernel_pgt + 8 * index
@@ -241,4 +248,3 @@ def _map_switch_over(
     for i in range(count):
         index = (i + (start >> PMD_SHIFT)) % PTRS_PER_TABLE
         cpu.store64(parent + 8 * index, entry + i * PMD_SIZE)
-

@@ -171,7 +171,11 @@ def enter_long_mode(cpu: Cpu, five_levels: bool) -> None:
 def _require_ram(e820: Sequence[E820Entry], taken: Range, name: str) -> None:
     for entry in e820:
         end = entry.addr + entry.size
-        if entry.type == E820Type.RAM and entry.addr <= taken.start and taken.end <= end:
+        if (
+            entry.type == E820Type.RAM
+            and entry.addr <= taken.start
+            and taken.end <= end
+        ):
             return
     top = max((e.addr + e.size for e in e820 if e.type == E820Type.RAM), default=0)
     raise KernelError(

@@ -43,7 +43,8 @@ class Stage(Enum):
     DONE = "mem_encrypt_init is over"
 
 
-Observer = Callable[[Stage], None]
+Observer = Callable[[Stage, EncryptionState], None]
+"""Gets the stage and what is decided so far."""
 
 
 @dataclass
@@ -94,7 +95,7 @@ def startup(
     cpu: Cpu,
     hand_over: HandOver,
     log: BootLog,
-    observe: Observer = lambda stage: None,
+    observe: Observer = lambda stage, state: None,
 ) -> Booted:
     """Boot the reference kernel from its 64-bit entry to `mem_encrypt_init`.
 
@@ -107,7 +108,7 @@ def startup(
     Raises:
         KernelError: the kernel refuses to boot; nothing was encrypted yet.
     """
-    observe(Stage.LOADED)
+    observe(Stage.LOADED, EncryptionState())
     layout = hand_over.layout
     five_levels = bool(Cr4(cpu.read_cr4()).la57)
     data = KernelData.place(layout)
@@ -117,14 +118,14 @@ def startup(
     verify_cpu(cpu)
 
     startup_64_tables(cpu, state, layout, data, five_levels)
-    observe(Stage.TABLES_BUILT)
+    observe(Stage.TABLES_BUILT, state)
     done = sme_encrypt_kernel(cpu, state, layout, _initrd(cpu, hand_over))
     if done is not None:
         _say_encrypted(done, log)
+    observe(Stage.ENCRYPTED, state)
     # ORDER: after the encryption, which covers level2_kernel_pgt: through the identity
     # map with C it is written as what it will be read as.
     share_bss_decrypted(cpu, state, layout, data)
-    observe(Stage.ENCRYPTED)
 
     switch_to_kernel_tables(cpu, state, data, five_levels)
     tables = EarlyPageTables(
@@ -142,7 +143,7 @@ def startup(
     line = mem_encrypt_init(state)
     if line is not None:
         log.say(line)
-    observe(Stage.DONE)
+    observe(Stage.DONE, state)
     return Booted(detection, done, data, tables, physical_bits, command_line)
 
 

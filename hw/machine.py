@@ -17,7 +17,7 @@ from .memory import (
     MemoryMap,
 )
 from .models import DEFAULT_MODEL, load_model
-from .msr import MsrFile
+from .msr import MsrFile, Syscfg
 from .psp import SecureProcessor
 from .trace import Trace
 from .types import PhysAddr
@@ -41,7 +41,7 @@ class Machine:
 
     Attributes:
         cpu: the boot core.
-        cpus: all cores.
+        cpus: all cores; msrs: their MSR files, in the same order.
         dram: the cells; what only tools and tests look at.
         caches, bus, controller, trace: as named.
         tsme: transparent SME is on.
@@ -71,6 +71,12 @@ class Machine:
         if coherent is None:
             coherent = self.model.memory_encryption.hw_coherent
         self.tsme = tsme
+        width = self.model.phys_bits - self.model.memory_encryption.phys_reduction
+        if ram > 1 << width:
+            raise CallerError(
+                f"RAM of {ram:#x} bytes: {self.model.name} addresses {width} bits once "
+                "SME has taken its share"
+            )
         self.trace = Trace()
         self.map = MemoryMap.pc(ram)
         self.dram = Dram(self.map.ram_end)
@@ -86,19 +92,25 @@ class Machine:
         self.bus = MemoryBus(self.map, self.caches, self.controller, self.trace)
         self.psp = SecureProcessor(self.controller, profile, seed)
         self.psp.reset()
+        self.msrs = [MsrFile(self.model, smee=smee) for _ in range(cores)]
         self.cpus = [
             Cpu(
                 index,
                 self.model,
-                MsrFile(self.model, smee=smee),
+                msrs,
                 self.bus,
                 self.caches,
                 self.controller,
                 self.trace,
             )
-            for index in range(cores)
+            for index, msrs in enumerate(self.msrs)
         ]
         self.cpu = self.cpus[0]
+
+    @property
+    def smee(self) -> bool:
+        """SYSCFG[23] of the boot core: memory encryption is enabled."""
+        return bool(self.msrs[0].get(Syscfg).mem_encrypt)
 
     def reset(self) -> None:
         """RESET#: caches are written back, the AMD-SP makes a new key, DRAM stays.

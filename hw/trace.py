@@ -38,7 +38,9 @@ class Event(NamedTuple):
     def as_json(self) -> dict[str, int | str]:
         """Return the event as one flat object; addresses and values as hex strings."""
         facts = {
-            name: hex(value) if type(value) is int and name not in PLAIN_NUMBERS else value
+            name: hex(value)
+            if type(value) is int and name not in PLAIN_NUMBERS
+            else value
             for name, value in self.facts.items()
         }
         return {"event": self.number, "kind": self.kind, **facts}

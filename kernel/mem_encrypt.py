@@ -232,7 +232,9 @@ def _enc_dec(
 def _map_bootdata(
     tables: EarlyPageTables, cpu: Cpu, pa: int, size: int, *, mapped: bool
 ) -> None:
-    for frame in range(align_down(pa, PMD_SIZE), align_up(pa + size, PMD_SIZE), PMD_SIZE):
+    for frame in range(
+        align_down(pa, PMD_SIZE), align_up(pa + size, PMD_SIZE), PMD_SIZE
+    ):
         entry = frame + PMD_FLAGS_DEC if mapped else 0
         tables.make(tables.direct_map(frame), entry)
     # ORDER: last: the TLB may still hold what the fault handler mapped encrypted.

@@ -1,9 +1,16 @@
-"""Fixtures that any test may ask for."""
+"""Fixtures that any test may ask for, and the hooks of the conformance report."""
 
 import os
 from pathlib import Path
 
 import pytest
+
+# Hooks of pytest, in force because they are names of this file.
+from .conformance.plugin import pytest_addoption as pytest_addoption
+from .conformance.plugin import (
+    pytest_collection_modifyitems as pytest_collection_modifyitems,
+)
+from .conformance.plugin import pytest_configure as pytest_configure
 
 ROOT = Path(__file__).parents[1]
 

@@ -359,6 +359,7 @@ def test_a_run_reports_failures_and_skipped_tests(project: Path) -> None:
             "write the ids of req out",
         ),
     ],
+    ids=["unknown", "hidden", "empty", "computed"],
 )
 def test_a_wrong_mark_stops_the_collection(
     project: Path, tests: str, complaint: str

@@ -59,14 +59,20 @@ def cpuid(name: str | None, host: bool, as_json: bool) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The same facts for programs.")
 def models(as_json: bool) -> None:
-    """List the processors that come with cbit."""
+    """List the processors that come with cbit.
+
+    LOST is how many physical address bits SME costs, WIDTH what they are without and
+    with it, SEV the highest level of it, COHERENT whether caches are kept coherent
+    across encryption domains.
+    """
     shipped = [load_model(name) for name in model_names()]
     if as_json:
         click.echo(json.dumps([_facts(model) for model in shipped], indent=2))
         return
     print_table(
-        ("NAME", "ALIAS", "C-BIT", "REDUCTION", "WIDTH", "SEV", "COHERENT", "BRAND"),
+        ("NAME", "ALIAS", "C-BIT", "LOST", "WIDTH", "SEV", "COHERENT", "BRAND"),
         [_summary(model) for model in shipped],
+        cut_last=True,
     )
 
 
@@ -130,15 +136,19 @@ def _summary(model: CpuModel) -> tuple[str, ...]:
     width = f"{encryption.phys_bits}"
     if usable:
         width += f" -> {encryption.phys_bits_with_sme}"
-    levels = ("sev", "SEV"), ("sev_es", "ES"), ("sev_snp", "SNP")
-    sev = "+".join(text for field, text in levels if getattr(encryption, field))
+    levels = (
+        (encryption.sev_snp, "SEV-SNP"),
+        (encryption.sev_es, "SEV-ES"),
+        (encryption.sev, "SEV"),
+        (True, "-"),
+    )
     return (
         model.name,
         model.alias,
         str(encryption.c_bit) if usable else "-",
         str(encryption.phys_reduction) if usable else "-",
         width,
-        sev or "-",
+        next(name for offered, name in levels if offered),
         "yes" if encryption.hw_coherent else "no",
         model.brand,
     )

@@ -39,7 +39,10 @@ def snoop_json(report: SnoopReport) -> dict[str, object]:
             "plain": report.pages.plain,
             "encrypted": report.pages.encrypted,
         },
-        "entropy_thresholds": {"min": round(ENTROPY_MIN, 6), "max": round(ENTROPY_MAX, 6)},
+        "entropy_thresholds": {
+            "min": round(ENTROPY_MIN, 6),
+            "max": round(ENTROPY_MAX, 6),
+        },
         "strings": {
             "count": strings.count,
             "by_chance": report.strings_by_chance,

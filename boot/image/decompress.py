@@ -195,7 +195,9 @@ def _read_lz4(stream: memoryview, size: int) -> memoryview:
         try:
             output.append(read_block(block, uncompressed_size=room))
         except (LZ4BlockError, ValueError, OverflowError) as wrong:
-            raise Corrupt(f"bad block at {at:#x}: {wrong}") from wrong
+            raise Corrupt(
+                f"bad block at {at:#x}, or more bytes than its end promises"
+            ) from wrong
         at += 4 + length
     return output.finish()
 

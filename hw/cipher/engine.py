@@ -117,9 +117,7 @@ class MemoryCipher:
         for other in others:
             other.result()
 
-    def _batch(
-        self, units: Index, source: Bytes, target: Bytes, encrypt: bool
-    ) -> None:
+    def _batch(self, units: Index, source: Bytes, target: Bytes, encrypt: bool) -> None:
         space = self._workspace
         count, unit_size = units.size, source.shape[1]
         length = count * unit_size

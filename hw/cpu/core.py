@@ -368,7 +368,7 @@ class Cpu:
                 raise GeneralProtection(f"address {va:#x}: 32 bits with paging off")
             pa = va & -PAGE_SIZE
             slot = self._controller.slot_for(False)
-            return Translation(pa, slot, 7, True, False, PAGE_SHIFT, 0)
+            return Translation(pa, slot, 7, True, False, 32, 0)
         if not walker.format.is_canonical(va):
             raise GeneralProtection(
                 f"address {va:#x} is not canonical with {walker.format.name} paging"
@@ -458,9 +458,7 @@ class Cpu:
             data = self._bus.load(run.pa, run.length, run.slot)
             self._bus.store(into, data, slot)
             return
-        target = self._bus.claim_ram(
-            into, run.length, slot, write=True, overwrite=True
-        )
+        target = self._bus.claim_ram(into, run.length, slot, write=True, overwrite=True)
         if target is None:
             self._bus.store(into, source.tobytes(), slot)
         else:

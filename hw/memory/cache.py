@@ -257,9 +257,7 @@ class CacheHierarchy:
             self._check_hazards(store, page, words, np.uint64(fill), write)
         missing = fill & ~store.valid_word[page]
         if missing:
-            self._fill(
-                store, np.array([page], np.intp), np.array([missing], np.uint64)
-            )
+            self._fill(store, np.array([page], np.intp), np.array([missing], np.uint64))
         store.valid_word[page] |= touched
         store.mark_used(page, page + 1)
         if write:

@@ -55,5 +55,7 @@ class SparseMemory:
     def release(self, first_page: int, end_page: int) -> None:
         """Give the pages back to the host; they read as zeros again."""
         self._map.madvise(
-            mmap.MADV_DONTNEED, first_page * PAGE_SIZE, (end_page - first_page) * PAGE_SIZE
+            mmap.MADV_DONTNEED,
+            first_page * PAGE_SIZE,
+            (end_page - first_page) * PAGE_SIZE,
         )

@@ -5,6 +5,8 @@ usual and then writes the report, of failed tests too; a run that does not come 
 end (a module that cannot be imported, an interrupt) leaves the old file as it is.
 """
 
+from __future__ import annotations
+
 from functools import cache
 from pathlib import Path
 

@@ -116,7 +116,7 @@ def staleness(text: str, rows: Rows, tests: TestsOf) -> str:
 def _summary(
     kinds: Mapping[str, Counter[str]], unwell: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
-    yield from _INTRODUCTION.splitlines()
+    yield from [*_INTRODUCTION.splitlines(), ""]
     yield _line(["Group", "Rows", *_KINDS])
     yield _line(["---", *["---:" for _ in range(1 + len(_KINDS))]])
     total: Counter[str] = sum(kinds.values(), Counter())
