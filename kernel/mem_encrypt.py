@@ -204,8 +204,8 @@ def _enc_dec(
     while size:
         step = min(PAGE_SIZE - pa % PAGE_SIZE, size)
         frame, offset = align_down(pa, PAGE_SIZE), pa % PAGE_SIZE
-        source = frame | PTE_FLAGS_DEC_WP
-        target = frame | PTE_FLAGS
+        source = frame | int(PTE_FLAGS_DEC_WP)
+        target = frame | int(PTE_FLAGS)
         if encrypt:
             target = encrypted(state, target)
         else:

@@ -9,7 +9,7 @@ import click
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Integer(click.ParamType):
+class Integer(click.ParamType[int]):
     """An integer as Python writes it: 23, 0x17, 0b1_0111."""
 
     name = "integer"
@@ -29,7 +29,7 @@ class Integer(click.ParamType):
             self.fail(f"{value!r} is no integer, expected 23 or 0x17", param, ctx)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes: 256M, 64G, 0x4000_0000."""
 
     name = "size"

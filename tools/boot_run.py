@@ -241,13 +241,13 @@ def _observe(run: BootRun, stage: Stage, state: EncryptionState) -> None:
             if not active:
                 part.sha256 = _digest_through(machine, part, c_bit=False)
             cells = machine.dram.cells[part.start : part.end]
-            part.dram = hashlib.sha256(cells).hexdigest()
+            part.dram = hashlib.sha256(cells.data).hexdigest()
 
 
 def _digest_through(machine: Machine, part: RangeDigests, *, c_bit: bool) -> str:
     slot = machine.controller.slot_for(c_bit)
     view = machine.caches.claim(slot, part.start, part.end - part.start)
-    return hashlib.sha256(view).hexdigest()
+    return hashlib.sha256(view.data).hexdigest()
 
 
 def _ranges(

@@ -9,14 +9,15 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from types import TracebackType
 
 import click
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from .arguments import INTEGER
 from .dram_file import DramFile, DramImage, Extent
+from .progress import working
 from .snoop import snoop as snoop_image
 from .snoop_html import write_html
 from .snoop_picture import require_matplotlib, write_png
@@ -29,18 +30,6 @@ PROGRESS_DELAY = 1.0
 @click.group()
 def dram() -> None:
     """Look at DRAM as a probe on the memory bus sees it."""
-
-
-def _integer(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> int | None:
-    """Return an integer in any base that Python writes."""
-    if value is None:
-        return None
-    try:
-        return int(value, 0)
-    except ValueError as wrong:
-        raise click.BadParameter(f"{value!r}: expected an integer") from wrong
 
 
 @dram.command()
@@ -73,9 +62,7 @@ def _integer(
 @click.option(
     "--kernel", metavar="IMAGE", type=click.Path(), help="With --boot: the kernel."
 )
-@click.option(
-    "--seed", metavar="N", callback=_integer, help="With --boot: repeat that run."
-)
+@click.option("--seed", type=INTEGER, help="With --boot: repeat that run.")
 @click.option("--smee/--no-smee", default=None, help="With --boot: SYSCFG bit 23.")
 @click.option("--tsme", is_flag=True, default=None, help="With --boot: TSME is on.")
 def snoop(
@@ -167,8 +154,10 @@ class _BootedDram:
 
 def _booted_dram(options: dict[str, object]) -> DramImage:
     """Boot the reference machine with the given options and return its cells."""
-    booted = import_module("..boot", __name__).booted_dram
-    size, cells = booted(**options)
+    from .boot import booted_dram  # a machine and a kernel: only if asked for
+
+    with working("booting"):
+        size, cells = booted_dram(**options)
     return _BootedDram(size, cells)
 
 

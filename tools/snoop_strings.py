@@ -20,7 +20,10 @@ _FIRST, _COUNT = 0x20, 0x5F
 """Printable ASCII: 0x20 to 0x7e."""
 
 _SCORED = 40
-"""Characters of a string that are looked at to tell words from noise."""
+"""Characters of a string that are looked at to tell words from noise; whole qwords."""
+
+_CROWD = 500
+"""Candidates of one chunk from which on those that begin alike are taken for one."""
 
 
 def _word_pairs() -> npt.NDArray[np.bool_]:
@@ -120,7 +123,8 @@ class StringSearch:
             return
         self._count += 1
         cells = np.frombuffer(self._open_text, np.uint8)
-        score = int(_scores(cells, np.zeros(1, np.intp), np.array([cells.size]))[0])
+        whole = np.array([cells.size])
+        score = int(_scores(_first_characters(cells, whole - whole, whole))[0])
         self._offer(score, PhysAddr(self._open_address), length, self._open_text)
 
     def _keep_best(
@@ -134,8 +138,13 @@ class StringSearch:
             return
         # A score stays below the length, so short runs need no look at their letters.
         hopeful = np.flatnonzero(lengths > self._least_score)
-        scores = _scores(chunk, starts[hopeful], lengths[hopeful])
-        for i in np.argsort(-scores, kind="stable"):
+        characters = _first_characters(chunk, starts[hopeful], lengths[hopeful])
+        scores = _scores(characters)
+        better = np.flatnonzero(scores > self._least_score)
+        if better.size > _CROWD:  # memory full of one text: look at it once
+            keys = _keys(characters[better], lengths[hopeful[better]])
+            better = better[np.unique(keys, return_index=True)[1]]
+        for i in better[np.argsort(-scores[better], kind="stable")].tolist():
             score = int(scores[i])
             if score <= self._least_score:
                 return
@@ -185,16 +194,37 @@ def _runs(
     return starts, edges[1::2] - starts + min_length - 1
 
 
-def _scores(
+def _first_characters(
     cells: ByteArray, starts: npt.NDArray[np.intp], lengths: npt.NDArray[np.intp]
-) -> npt.NDArray[np.intp]:
-    """Return for each run how many neighbours among its first characters read well."""
-    columns = np.arange(_SCORED)
-    places = np.minimum(starts[:, None] + columns, cells.size - 1)
-    characters = cells[places].astype(np.uint16)
-    wordy = _WORD_PAIRS[characters[:, :-1] | characters[:, 1:] << 8]
-    wordy &= columns[1:] < lengths[:, None]
-    return np.asarray(wordy.sum(axis=1, dtype=np.intp))
+) -> ByteArray:
+    """Return the first `_SCORED` characters of each run, shorter ones with zeros."""
+    padded = np.concatenate((cells, np.zeros(_SCORED, np.uint8)))
+    characters = np.lib.stride_tricks.sliding_window_view(padded, _SCORED)[starts]
+    widths = np.minimum(lengths, _SCORED).astype(np.uint8)
+    characters *= np.arange(_SCORED, dtype=np.uint8) < widths[:, None]
+    return characters
+
+
+def _scores(characters: ByteArray) -> npt.NDArray[np.intp]:
+    """Return for each row how many neighbours read well."""
+    pairs = characters.reshape(-1).astype(np.uint16)
+    pairs[:-1] |= pairs[1:] << 8
+    wordy = _WORD_PAIRS.take(pairs).reshape(characters.shape)
+    # The last pair of a row reaches into the next row.
+    scores = wordy[:, :-1].sum(axis=1, dtype=np.uint8)
+    return np.asarray(scores, np.intp)
+
+
+def _keys(
+    characters: ByteArray, lengths: npt.NDArray[np.intp]
+) -> npt.NDArray[np.uint64]:
+    """Return 64 bits for each row that are equal for equal strings."""
+    words = characters.view(np.uint64)
+    keys = lengths.astype(np.uint64)
+    for column in range(words.shape[1]):
+        keys = (keys ^ words[:, column]) * np.uint64(0x9E37_79B9_7F4A_7C15)
+        keys ^= keys >> np.uint64(29)
+    return keys
 
 
 class ByteSearch:

@@ -1,6 +1,7 @@
 """A snoop as text for a terminal or a pipe, and as JSON for programs."""
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from rich.text import Text
 
@@ -114,8 +115,8 @@ def _map_line(part: Part, width: int) -> Text:
         gap = f"... {size_text(part.length)} never written or zero ..."
         return Text(f"{'':{width}}  {gap}", style="bright_black")
     line = Text(f"{part.address:#{width}x}  ")
-    for cell in part.cells.tolist():
-        line.append(MARKS[cell], STYLES[cell])
+    for cell, run in groupby(part.cells.tolist()):
+        line.append(MARKS[cell] * len(list(run)), STYLES[cell])
     line.rstrip()
     return line
 

@@ -129,15 +129,15 @@ class MemoryCipher:
         tweaks = self._tweaks_into(space.tweaks[: length // 8], units, unit_size)
         data = space.input[: length // 8]
         if contiguous:
-            rows = source[first : first + count].reshape(-1).view(np.uint64)
-            self._whiten_input(rows, tweaks, data, encrypt)
+            plain = source[first : first + count].reshape(-1).view(np.uint64)
+            self._whiten_input(plain, tweaks, data, encrypt)
         else:
             rows = data.view(np.uint8).reshape(count, unit_size)
             np.take(source, units, axis=0, out=rows, mode="clip")
             self._whiten_input(data, tweaks, data, encrypt)
 
         context = space.encryptor if encrypt else space.decryptor
-        context.update_into(memoryview(data).cast("B"), memoryview(space.output))
+        context.update_into(data.data.cast("B"), space.output.data)
         result = space.output[:length].view(np.uint64)
         whiten = self._whitens_output or not encrypt
         if contiguous:

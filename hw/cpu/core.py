@@ -265,6 +265,12 @@ class Cpu:
         view = self._load_views.get(va >> 12)
         if view is not None and (offset := va & 0xFFF) <= 0xFF8:
             return _unpack_u64(view, offset)[0]  # type: ignore[no-any-return]
+        if va & 0xFFF <= 0xFF8:
+            found = self._translate(va, _READ)
+            view = self._caches.page_view(found.slot, found.pa >> 12, write=False)
+            if view is not None:
+                self._load_views[va >> 12] = view
+                return _unpack_u64(view, va & 0xFFF)[0]  # type: ignore[no-any-return]
         return int.from_bytes(self._load_slow(va, 8, _READ), "little")
 
     def store64(self, va: int, value: int) -> None:
@@ -302,7 +308,7 @@ class Cpu:
 
     def store_array(self, va: VirtAddr | int, words: npt.NDArray[np.uint64]) -> None:
         """Store 64-bit words, one translation per page."""
-        self._store_slow(va, memoryview(np.ascontiguousarray(words, "<u8")).cast("B"))
+        self._store_slow(va, np.ascontiguousarray(words, "<u8").data.cast("B"))
 
     def copy(self, target: VirtAddr | int, source: VirtAddr | int, length: int) -> None:
         """REP MOVSB: copy upwards through both mappings.
@@ -369,7 +375,7 @@ class Cpu:
             pa = va & -PAGE_SIZE
             slot = self._controller.slot_for(False)
             return Translation(pa, slot, 7, True, False, 32, 0)
-        if not walker.format.is_canonical(va):
+        if not (va < walker.low_end or va >= walker.high_start):
             raise GeneralProtection(
                 f"address {va:#x} is not canonical with {walker.format.name} paging"
             )
@@ -384,24 +390,28 @@ class Cpu:
         ):
             return found
         # A refused or clean translation is walked again, as hardware does.
-        found = self._walk_with_handler(walker, va, access)
+        try:
+            found = walker.walk(self._cr3.value, va, access)
+        except PageFault as fault:
+            found = self._walk_after(fault, va, access)
         self._tlb.insert(page, found)
         return found
 
-    def _walk_with_handler(
-        self, walker: PageWalker, va: int, access: int
-    ) -> Translation:
+    def _walk_after(self, fault: PageFault, va: int, access: int) -> Translation:
+        """Let the handler cure the fault and walk again."""
         for _ in range(MAX_RETRIES):
+            self.invlpg(va)
+            self.cr2 = va
+            if self._trace.active:
+                self._trace.emit("page-fault", va=va, code=int(fault.code))
+            handler = self._handlers.get(PageFault.vector)
+            if handler is None or not handler(self, fault):
+                raise fault
+            assert self._walker is not None
             try:
-                return walker.walk(self._cr3.value, va, access)
-            except PageFault as fault:
-                self.invlpg(va)
-                self.cr2 = va
-                if self._trace.active:
-                    self._trace.emit("page-fault", va=va, code=int(fault.code))
-                handler = self._handlers.get(PageFault.vector)
-                if handler is None or not handler(self, fault):
-                    raise
+                return self._walker.walk(self._cr3.value, va, access)
+            except PageFault as again:
+                fault = again
         raise CbitError(f"#PF at {va:#x}: still faulting after {MAX_RETRIES} retries")
 
     def _runs(self, va: int, length: int, access: int) -> Iterator[Run]:
@@ -441,7 +451,7 @@ class Cpu:
 
         `only` is the one run of the access.
         """
-        view = self._bus.page_view(only.pa >> PAGE_SHIFT, only.slot, write=write)
+        view = self._caches.page_view(only.slot, only.pa >> PAGE_SHIFT, write=write)
         if view is not None:
             views = self._store_views if write else self._load_views
             views[va >> PAGE_SHIFT] = view

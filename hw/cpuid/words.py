@@ -23,7 +23,7 @@ class CpuidWord(Register):
 
 
 class FeatureEcx(CpuidWord):
-    """Leaf 1 ECX. Source: [APM3] E.3.2; Linux 6.1.192 asm/cpufeatures.h word 4."""
+    """Leaf 1 ECX. Source: [APM3] appendix E; Linux asm/cpufeatures.h word 4."""
 
     LEAF, REGISTER = 0x0000_0001, "ecx"
 
@@ -32,7 +32,7 @@ class FeatureEcx(CpuidWord):
 
 
 class FeatureEdx(CpuidWord):
-    """Leaf 1 EDX. Source: [APM3] E.3.2; Linux 6.1.192 asm/cpufeatures.h word 0."""
+    """Leaf 1 EDX. Source: [APM3] appendix E; Linux asm/cpufeatures.h word 0."""
 
     LEAF, REGISTER = 0x0000_0001, "edx"
 
@@ -43,7 +43,7 @@ class FeatureEdx(CpuidWord):
 
 
 class StructuredEbx(CpuidWord):
-    """Leaf 7 EBX. Source: [APM3] E.3.6; Linux 6.1.192 asm/cpufeatures.h word 9."""
+    """Leaf 7 EBX. Source: [APM3] appendix E; Linux asm/cpufeatures.h word 9."""
 
     LEAF, REGISTER = 0x0000_0007, "ebx"
 
@@ -53,7 +53,7 @@ class StructuredEbx(CpuidWord):
 
 
 class StructuredEcx(CpuidWord):
-    """Leaf 7 ECX. Source: [APM3] E.3.6; Linux 6.1.192 asm/cpufeatures.h word 16."""
+    """Leaf 7 ECX. Source: [APM3] appendix E; Linux asm/cpufeatures.h word 16."""
 
     LEAF, REGISTER = 0x0000_0007, "ecx"
 
@@ -63,7 +63,7 @@ class StructuredEcx(CpuidWord):
 
 
 class ExtendedMaxEax(CpuidWord):
-    """Leaf 8000_0000 EAX. Source: [APM3] E.4.1."""
+    """Leaf 8000_0000 EAX. Source: [APM3] appendix E."""
 
     LEAF, REGISTER = 0x8000_0000, "eax"
 
@@ -71,7 +71,7 @@ class ExtendedMaxEax(CpuidWord):
 
 
 class ExtendedEcx(CpuidWord):
-    """Leaf 8000_0001 ECX. Source: [APM3] E.4.2; Linux 6.1.192 cpufeatures.h word 6."""
+    """Leaf 8000_0001 ECX. Source: [APM3] appendix E; Linux asm/cpufeatures.h word 6."""
 
     LEAF, REGISTER = 0x8000_0001, "ecx"
 
@@ -80,7 +80,7 @@ class ExtendedEcx(CpuidWord):
 
 
 class ExtendedEdx(CpuidWord):
-    """Leaf 8000_0001 EDX. Source: [APM3] E.4.2; Linux 6.1.192 cpufeatures.h word 1."""
+    """Leaf 8000_0001 EDX. Source: [APM3] appendix E; Linux asm/cpufeatures.h word 1."""
 
     LEAF, REGISTER = 0x8000_0001, "edx"
 
@@ -92,7 +92,7 @@ class ExtendedEdx(CpuidWord):
 
 
 class AddressSizes(CpuidWord):
-    """Leaf 8000_0008 EAX. Source: [APM3] E.4.7; [EDK2]; Linux 6.1.192 cpu/common.c."""
+    """Leaf 8000_0008 EAX. Source: [APM3] appendix E; [EDK2]; Linux cpu/common.c."""
 
     LEAF, REGISTER = 0x8000_0008, "eax"
 
@@ -102,7 +102,7 @@ class AddressSizes(CpuidWord):
 
 
 class SizesEbx(CpuidWord):
-    """Leaf 8000_0008 EBX. Source: [APM3] E.4.7; [APM2] 3.1.7 for bit 20."""
+    """Leaf 8000_0008 EBX. Source: [APM3] appendix E; [APM2] 3.1.7 for bit 20."""
 
     LEAF, REGISTER = 0x8000_0008, "ebx"
 
@@ -189,7 +189,7 @@ class MemEncryptEdx(CpuidWord):
 
 
 class Extended21Eax(CpuidWord):
-    """Leaf 8000_0021 EAX. Source: [APM3] E.4.18; Linux 6.1.192 cpufeatures.h."""
+    """Leaf 8000_0021 EAX. Source: [APM3] appendix E; Linux asm/cpufeatures.h."""
 
     LEAF, REGISTER = 0x8000_0021, "eax"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import CbitError
 from ..trace import Trace
-from ..types import PAGE_SHIFT, PhysAddr
+from ..types import PhysAddr
 from .cache import CacheHierarchy
 from .controller import SLOT_NONE, MemoryController
 from .hazard import slot_name
@@ -32,6 +32,8 @@ class MemoryBus:
 
     Attributes:
         map: who answers where.
+        slot_for, page_view: the controller's and the caches'. A page has a view only
+            while its lines are cached, and only lines of RAM ever are.
         mmio_encrypted: accesses to devices or ROM with C = 1, which encrypt nothing
             and are an error of the mapping.
     """
@@ -49,6 +51,7 @@ class MemoryBus:
         self._controller = controller
         self._trace = trace
         self.slot_for = controller.slot_for
+        self.page_view = caches.page_view
 
     def load(self, pa: int, length: int, slot: int) -> bytes:
         """Return `length` bytes at `pa` as the tag `slot` sees them.
@@ -67,7 +70,7 @@ class MemoryBus:
             return region.rom[offset : offset + length]
         return region.device.read(offset, length)
 
-    def store(self, pa: int, data: bytes | memoryview | Bytes, slot: int) -> None:
+    def store(self, pa: int, data: bytes | memoryview, slot: int) -> None:
         """Store `data` at `pa` under the tag `slot`; ROM ignores it.
 
         Raises:
@@ -81,7 +84,7 @@ class MemoryBus:
             return
         if region.kind is RegionKind.RAM:
             view = self._caches.claim(slot, pa, length, write=True, overwrite=True)
-            memoryview(view)[:] = data if isinstance(data, bytes) else memoryview(data)
+            view.data[:] = data
             return
         self._note_encrypted_device(pa, length, slot, "store")
         if region.kind is RegionKind.MMIO:
@@ -98,13 +101,6 @@ class MemoryBus:
         if region.kind is not RegionKind.RAM or run < length:
             return None
         return self._caches.claim(slot, pa, length, write=write, overwrite=overwrite)
-
-    def page_view(self, page: int, slot: int, *, write: bool) -> memoryview | None:
-        """Return a RAM page for plain accesses, see `CacheHierarchy.page_view`."""
-        region = self.map.find(page << PAGE_SHIFT)
-        if region is None or region.kind is not RegionKind.RAM:
-            return None
-        return self._caches.page_view(slot, page, write=write)
 
     def _route(self, pa: int, length: int) -> tuple[Region, int]:
         """Return the region at `pa` and how many of the bytes lie in it."""

@@ -32,6 +32,10 @@ from .line_store import ALL, ALL_LINES, Index, LineStore, Words, masks_to_lines,
 from .sparse import Bytes
 
 
+SLOT_BITS = 16
+"""Room for a key slot below a page number in one key; ASIDs end near 1000."""
+
+
 class HazardPolicy(Enum):
     """What to do with an access that silicon leaves undefined."""
 
@@ -90,7 +94,10 @@ class CacheHierarchy:
         self._stores: dict[int, LineStore] = {}
         # The tag that touched a page last, plus 1; on coherent parts its only owner.
         self._owner = np.zeros(dram.size >> PAGE_SHIFT, np.uint16)
-        self._owner_word = memoryview(self._owner)
+        self._owner_word = self._owner.data
+        # Pages that need no bookkeeping, by page << SLOT_BITS | slot.
+        self._readable: dict[int, memoryview] = {}
+        self._writable: dict[int, memoryview] = {}
         self._view_holders: list[Callable[[], None]] = []
 
     # Accesses
@@ -135,21 +142,31 @@ class CacheHierarchy:
         The view holds until the holders registered with `hold_views` are called.
         For writes every line must be dirty already; None says: use `claim`.
         """
-        store = self._store(slot)
-        if self._owner_word[page] != slot + 1 or store.valid_word[page] != ALL_LINES:
-            return None
+        key = page << SLOT_BITS | slot
+        views = self._writable if write else self._readable
+        view = views.get(key)
+        if view is None and self._is_plain(slot, page, write):
+            start = page << PAGE_SHIFT
+            data = self._stores[slot].data.cells.data
+            view = views[key] = data[start : start + PAGE_SIZE]
+        return view
+
+    def _is_plain(self, slot: int, page: int, write: bool) -> bool:
+        """Tell whether every access to the page is a hit that changes no state."""
+        store = self._stores.get(slot)
+        if store is None or self._owner_word[page] != slot + 1:
+            return False
+        if store.valid_word[page] != ALL_LINES:
+            return False
         if write and store.dirty_word[page] != ALL_LINES:
-            return None
-        if not self.coherent:
-            if store.stale_word[page]:
-                return None
-            for other in self._stores.values():
-                if other is not store and (
-                    other.valid_word[page] if write else other.dirty_word[page]
-                ):
-                    return None
-        start = page << PAGE_SHIFT
-        return memoryview(store.data.cells)[start : start + PAGE_SIZE]
+            return False
+        if self.coherent:
+            return True
+        return not store.stale_word[page] and not any(
+            other.valid_word[page] if write else other.dirty_word[page]
+            for other in self._stores.values()
+            if other is not store
+        )
 
     def hold_views(self, drop: Callable[[], None]) -> None:
         """Call `drop` whenever views given by `page_view` become invalid."""
@@ -252,9 +269,14 @@ class CacheHierarchy:
                 fill = 0
         if self._owner_word[page] != store.slot + 1:
             self._change_hands(store, page, page + 1)
+        others: list[LineStore] = []
         if not self.coherent:
-            words = np.array([touched], np.uint64)
-            self._check_hazards(store, page, words, np.uint64(fill), write)
+            others = [s for s in self._stores.values() if s is not store]
+            if store.stale_word[page] & touched & fill or any(
+                other.dirty_word[page] & touched for other in others
+            ):
+                words = np.array([[touched], [fill]], np.uint64)
+                self._check_hazards(store, page, words[0], words[1], write)
         missing = fill & ~store.valid_word[page]
         if missing:
             self._fill(store, np.array([page], np.intp), np.array([missing], np.uint64))
@@ -262,8 +284,9 @@ class CacheHierarchy:
         store.mark_used(page, page + 1)
         if write:
             store.dirty_word[page] |= touched
-            if not self.coherent:
-                self._outdate_others(store, page, np.array([touched], np.uint64))
+            store.stale_word[page] &= ~touched
+            for other in others:
+                other.stale_word[page] |= other.valid_word[page] & touched
 
     def _claim_run(
         self,
@@ -442,6 +465,8 @@ class CacheHierarchy:
                 other.stale[first:end] |= other.valid[first:end] & touched
 
     def _drop_views(self) -> None:
+        self._readable.clear()
+        self._writable.clear()
         for drop in self._view_holders:
             drop()
 

@@ -35,9 +35,9 @@ class LineStore:
         self.dirty: Words = np.zeros(pages, np.uint64)
         self.stale: Words = np.zeros(pages, np.uint64)
         # Plain integers for the one-page paths: numpy scalars cost three times more.
-        self.valid_word = memoryview(self.valid)
-        self.dirty_word = memoryview(self.dirty)
-        self.stale_word = memoryview(self.stale)
+        self.valid_word = self.valid.data
+        self.dirty_word = self.dirty.data
+        self.stale_word = self.stale.data
         self._used = np.zeros(-(-size // LARGE_PAGE_SIZE), np.bool_)
 
     def mark_used(self, first: int, end: int) -> None:

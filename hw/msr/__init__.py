@@ -1,5 +1,6 @@
 """Model-specific registers: their fields, their rules, and the file of one core."""
 
+from . import choices
 from .msr_file import MsrFault, MsrFile
 from .registers import (
     Efer,
@@ -19,7 +20,8 @@ from .registers import (
     VmHsavePa,
     VmPageFlush,
 )
-from .rules import MSRS, RULES, Access, MsrRule
+from .rule import Access, MsrRule
+from .rules import MSRS, RULES
 
 __all__ = [
     "MSRS",
@@ -44,4 +46,5 @@ __all__ = [
     "TopMem2",
     "VmHsavePa",
     "VmPageFlush",
+    "choices",
 ]

@@ -9,7 +9,8 @@ from ..cpuid import CpuModel
 from ..errors import CallerError
 from ..faults import GeneralProtection
 from .registers import Msr
-from .rules import RULE_BY_ADDRESS, RULES, Access, MsrRule, Write
+from .rule import Access, MsrRule, Write
+from .rules import RULE_BY_ADDRESS, RULES
 
 MsrType = TypeVar("MsrType", bound=Msr)
 
@@ -107,18 +108,17 @@ class MsrFile:
 
     def get(self, kind: type[MsrType]) -> MsrType:
         """Return a register as the hardware knows it, decoded; absent ones as reset."""
-        return kind(self._values[kind.ADDRESS])
+        return kind(self._values[_known(kind)])
 
     def set(self, register: Msr) -> None:
         """Change a register from the hardware's side, past all rules."""
-        if register.ADDRESS not in self._values:
-            raise CallerError(f"{type(register).__name__} is no MSR of the machine")
-        self._values[register.ADDRESS] = register.value
+        self._values[_known(type(register))] = register.value
 
     def on_write(self, callback: Callable[[int, int], None]) -> None:
         """Call `callback` with index and new value after each write by software.
 
-        For a write-only command register the value is what was written.
+        For a write-only command register the value is what was written. The register
+        has changed by then; an exception of the callback reaches the writer.
         """
         self._callbacks.append(callback)
 
@@ -132,6 +132,13 @@ class MsrFile:
                 index, value, f"not present on {self.model.name}, expected {needs}"
             )
         return rule
+
+
+def _known(kind: type[Msr]) -> int:
+    """Return the address of a register that the machine has declared."""
+    if kind.ADDRESS not in RULE_BY_ADDRESS:
+        raise CallerError(f"{kind.__name__} is no MSR of the machine")
+    return kind.ADDRESS
 
 
 def _refused_access(rule: MsrRule) -> str:

@@ -22,7 +22,7 @@ class Msr(Register):
 class Pat(Msr):
     """Page attribute table: eight memory types. Linux calls them PA0 to PA7.
 
-    Source: [APM2] 7.8.2; Linux 6.1.192 arch/x86/mm/pat/memtype.c.
+    Source: [APM2] 7.8; Linux 6.1.192 arch/x86/mm/pat/memtype.c.
     """
 
     ADDRESS, NAME = 0x0000_0277, "PAT"

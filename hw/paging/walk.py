@@ -97,6 +97,10 @@ class PageWalker:
         layout: levels and virtual width.
         rules: address, reserved and C bits.
         protection: which rights an access needs.
+
+    Attributes:
+        low_end, high_start: the canonical halves are below and from there up.
+        refused: pairs `rights | access << 3` that fault.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class PageWalker:
         protection: Protection,
     ) -> None:
         self.format = layout
+        self.low_end = 1 << layout.virtual_bits - 1
+        self.high_start = (1 << 64) - self.low_end
         self.rules = rules
         self.protection = protection
         self.refused = protection.refused_pairs()
@@ -114,7 +120,7 @@ class PageWalker:
         self._c_mask = rules.c_mask
         # A table is known by the bits that name it: address and C-bit.
         self._key_mask = rules.address_mask | rules.c_mask
-        self._steps = [
+        steps = [
             _Step(
                 level.name,
                 level.shift,
@@ -127,6 +133,19 @@ class PageWalker:
             )
             for level in layout.levels
         ]
+        # What the loop needs of every step, unpacked by its `for`; the watched bits
+        # of the lowest level make every entry uncommon, as each is a leaf.
+        self._loop = [
+            (
+                step.shift,
+                0
+                if step.leaf_bits == Entry.P
+                else _P_AND_A | _NX | step.leaf_bits | step.reserved_pointer,
+                step,
+            )
+            for step in steps
+        ]
+        self._slots = (bus.slot_for(False), bus.slot_for(True))
         self._tables: dict[int, memoryview] = {}
 
     def drop_views(self) -> None:
@@ -146,26 +165,30 @@ class PageWalker:
         """
         tables = self._tables
         key = root & self._key_mask
-        granted = -1  # a right survives if every level grants it; NX counts inverted
-        for step in self._steps:
-            shift = step.shift
-            index = va >> shift & INDEX_MASK
+        key_mask, index_mask = self._key_mask, INDEX_MASK
+        granted, executable = _RW_AND_US, EXECUTABLE  # until a level withholds it
+        for shift, watched, step in self._loop:
+            index = va >> shift & index_mask
             table = tables.get(key)
-            entry = table[index] if table else self._read_entry(key, index)
-            if not entry & 1:
-                raise self._fault(va, access, step, entry, "not present")
-            granted &= entry ^ _NX
-            if entry & step.leaf_bits:
-                break
-            if entry & step.reserved_pointer:
-                raise self._fault(va, access, step, entry, "reserved bit set")
-            if not entry & _A:
-                self._write_entry(key, index, entry | _A)
-            key = entry & self._key_mask
+            entry = self._read_entry(key, index) if table is None else table[index]
+            granted &= entry
+            # One test for what is common: a pointer, present, accessed, executable.
+            if entry & watched != _P_AND_A:
+                if entry & step.leaf_bits or not entry & 1:
+                    break
+                if entry & step.reserved_pointer:
+                    raise self._fault(va, access, step, entry, "reserved bit set")
+                if not entry & _A:
+                    self._write_entry(key, index, entry | _A)
+                if entry & _NX:
+                    executable = 0
+            key = entry & key_mask
 
+        if not entry & 1:
+            raise self._fault(va, access, step, entry, "not present")
         if entry & step.reserved_leaf:
             raise self._fault(va, access, step, entry, "reserved bit set")
-        rights = granted >> 1 & 3 | granted >> 61 & EXECUTABLE
+        rights = granted >> 1 | (0 if entry & _NX else executable)
         if rights | access << 3 in self.refused:
             why = self.protection.refuses(rights, access)
             raise self._fault(va, access, step, entry, why)
@@ -173,21 +196,20 @@ class PageWalker:
         if entry & needed != needed:
             entry |= needed
             self._write_entry(key, index, entry)
-        piece = va & (1 << shift) - 1 & -(1 << PAGE_SHIFT)
-        return Translation(
-            entry & step.leaf_address | piece,
-            self._bus.slot_for(entry & self._c_mask != 0),
-            rights,
-            entry & _D != 0,
-            entry & _G != 0,
-            shift,
-            entry,
+        pa = entry & step.leaf_address
+        if shift != PAGE_SHIFT:
+            pa |= va & (1 << shift) - 1 & -(1 << PAGE_SHIFT)
+        slot = self._slots[entry & self._c_mask != 0]
+        # Translation(...) would cost a fifth of the whole walk.
+        return _new_tuple(
+            Translation,
+            (pa, slot, rights, entry & _D != 0, entry & _G != 0, shift, entry),
         )
 
     def _read_entry(self, key: int, index: int) -> int:
         pa, slot = self._place(key)
         data = self._bus.load(pa + index * ENTRY_SIZE, ENTRY_SIZE, slot)
-        view = self._bus.page_view(pa >> PAGE_SHIFT, slot, write=False)
+        view = self._bus.page_view(slot, pa >> PAGE_SHIFT, write=False)
         if view is not None:
             self._tables[key] = view.cast("Q")
         return int.from_bytes(data, "little")
@@ -198,7 +220,7 @@ class PageWalker:
         self._bus.store(pa + index * ENTRY_SIZE, data, slot)
 
     def _place(self, key: int) -> tuple[int, int]:
-        return key & ~self._c_mask, self._bus.slot_for(key & self._c_mask != 0)
+        return key & ~self._c_mask, self._slots[key & self._c_mask != 0]
 
     def _fault(
         self, va: int, access: int, step: _Step, entry: int, reason: str
@@ -214,7 +236,10 @@ class PageWalker:
         return PageFault(va, code, reason, step.name, entry)
 
 
+_new_tuple = tuple.__new__
 _NX = int(Entry.NX)
 _A = int(Entry.A)
+_P_AND_A = int(Entry.P | Entry.A)
+_RW_AND_US = int(Entry.RW | Entry.US)
 _D = int(Entry.D)
 _G = int(Entry.G)

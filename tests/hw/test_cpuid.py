@@ -1,6 +1,7 @@
 """Leaf tables and the decoding of the memory-encryption leaf."""
 
 import random
+import re
 
 import pytest
 
@@ -170,65 +171,49 @@ def test_vector_address_sizes_of_rome_and_genoa() -> None:
 
 # --- the memory-encryption leaf
 
-REAL_PARTS = [
-    # part, 8000_0000 EAX, 8000_0008 EAX, 8000_001F EAX-EBX-ECX-EDX from the InstLatx64
-    # dump named; then C-bit, reduction, width with SME, VMPLs, highest ASID, page-flush
-    # MSR, coherent; None for a C-bit that makes no sense. "-": not noted, 8000_0020 used.
-    # 0800F12_K17_Zen_CPUID
-    ("naples", 0x8000_001F, 0x3030, 0xF, 0x16F, 0xF, 1, 47, 5, 43, 0, 15, 1, 0),
-    # 0800F11_K17_Zen2, Zen_CPUID4
-    ("1800x", 0x8000_001F, 0x3030, 0x7, 0x16F, 0xF, 0, 47, 5, 43, 0, 15, 1, 0),
-    # 0800F11_K17_Zen_CPUID15_TR
-    ("1950x", 0x8000_001F, 0x3030, 0x7, 0x16F, 0xF, 1, 47, 5, 43, 0, 15, 1, 0),
-    # 0800F82_K17_ZenP_CPUID
-    ("2700x", 0x8000_001F, 0x3030, 0xF, 0x16F, 0xF, 0, 47, 5, 43, 0, 15, 1, 0),
-    # 0830F10_K17_Rome_CPUID, CPUID2
-    ("rome", 0x8000_0020, 0x3030, 0x1000F, 0x16F, 0x1FD, 1, 47, 5, 43, 0, 509, 1, 0),
-    # 0870F10_K17_Matisse_CPUID_7
-    ("matisse", 0x8000_0020, 0x3030, 0x1000F, 0x16F, 0x1FD, 1, 47, 5, 43, 0, 509, 1, 0),
-    # 0860F01_K17_Renoir_CPUID2
-    ("renoir", 0x8000_0020, 0x3030, 0x1000F, 0x12F, 0xE, 1, 47, 4, 44, 0, 14, 1, 0),
-    # 0A00F11_K19_Milan_CPUID2, CPUID1
-    ("milan", 0x8000_0023, 0x3030, 0x1FC3F, 0x4173, 0x1FD, 1, 51, 5, 43, 4, 509, 1, 1),
-    # 0A20F10_K19_Vermeer_CPUID1
-    ("vermeer", 0x8000_0023, 0x3030, 0x1780F, 0x173, 0x1FD, 1, 51, 5, 43, 0, 509, 1, 0),
-    # 0A50F00_K19_Cezanne_CPUID6, 0A40F41_K19_Rembrandt_01
-    ("rembrandt", 0x8000_0023, 0x3030, 0x1780F, 0, 0, 1, None, 0, 48, 0, 0, 1, 0),
-    # 0A10F11_K19_Genoa_01
-    ("genoa-no-snp", 0x8000_0028, 0x3934)
-    + (0x030F_FFEB, 0x41B3, 0x3EE, 1, 51, 6, 46, 4, 1006, 0, 1),
-    # 0A10F11_K19_Genoa_02, 0AA0F02_K19_Bergamo_04
-    ("genoa", 0x8000_0028, 0x3934)
-    + (0x030F_FFFB, 0x41B3, 0x3EE, 1, 51, 6, 46, 4, 1006, 0, 1),
-    # 0A60F12_K19_Raphael_10, 04, and 0B40F40_K20_GraniteRidge_02
-    ("raphael", 0x8000_0028, 0x3030, 0x1, 0xB3, 0, 0, 51, 2, 46, 0, 0, 0, 0),
-    # 0B00F21_K20_Turin_01, 0B10F10_K20_TurinD_03
-    ("turin", 0x8000_0028, 0x3934)
-    + (0xCFFF_FFFB, 0x41B3, 0x3EE, 1, 51, 6, 46, 4, 1006, 0, 1),
-    # 0B00F81_K20_ShimadaPeak_03
-    ("shimada-peak", 0x8000_0028, 0x3934)
-    + (0xCFFF_FFFB, 0x41B3, 0x3EE, 0x43B6_EB6C, 51, 6, 46, 4, 1006, 0, 1),
-]
+REAL_PARTS = """
+0800F12_K17_Zen_CPUID            8000001F 3030 0000000F-0000016F-0000000F-00000001 47 5 43 0 15 y n
+0800F11_K17_Zen_CPUID4           8000001F 3030 00000007-0000016F-0000000F-00000000 47 5 43 0 15 y n
+0800F11_K17_Zen_CPUID15_TR       8000001F 3030 00000007-0000016F-0000000F-00000001 47 5 43 0 15 y n
+0800F82_K17_ZenP_CPUID           8000001F 3030 0000000F-0000016F-0000000F-00000000 47 5 43 0 15 y n
+0830F10_K17_Rome_CPUID           80000020 3030 0001000F-0000016F-000001FD-00000001 47 5 43 0 509 y n
+0870F10_K17_Matisse_CPUID_7      -        3030 0001000F-0000016F-000001FD-00000001 47 5 43 0 509 y n
+0860F01_K17_Renoir_CPUID2        -        3030 0001000F-0000012F-0000000E-00000001 47 4 44 0 14 y n
+0A00F11_K19_Milan_CPUID2         80000023 3030 0001FC3F-00004173-000001FD-00000001 51 5 43 4 509 y y
+0A20F10_K19_Vermeer_CPUID1       80000023 3030 0001780F-00000173-000001FD-00000001 51 5 43 0 509 y n
+0A50F00_K19_Cezanne_CPUID6       -        3030 0001780F-00000000-00000000-00000001 -  0 48 0 0 y n
+0A40F41_K19_Rembrandt_01         80000023 3030 0001780F-00000000-00000000-00000001 -  0 48 0 0 y n
+0A10F11_K19_Genoa_01             80000028 3934 030FFFEB-000041B3-000003EE-00000001 51 6 46 4 1006 n y
+0A10F11_K19_Genoa_02             80000028 3934 030FFFFB-000041B3-000003EE-00000001 51 6 46 4 1006 n y
+0AA0F02_K19_Bergamo_04           80000028 3934 030FFFFB-000041B3-000003EE-00000001 51 6 46 4 1006 n y
+0A60F12_K19_Raphael_10           80000028 3030 00000001-000000B3-00000000-00000000 51 2 46 0 0 n n
+0B00F21_K20_Turin_01             80000028 3934 CFFFFFFB-000041B3-000003EE-00000001 51 6 46 4 1006 n y
+0B10F10_K20_TurinD_03            80000028 3934 CFFFFFFB-000041B3-000003EE-00000001 51 6 46 4 1006 n y
+0B00F81_K20_ShimadaPeak_03       80000028 3934 CFFFFFFB-000041B3-000003EE-43B6EB6C 51 6 46 4 1006 n y
+0B40F40_K20_GraniteRidge_02      80000028 3030 00000001-000000B3-00000000-00000000 51 2 46 0 0 n n
+""".strip().splitlines()  # noqa: E501
+"""InstLatx64 dump (AuthenticAMD...), 8000_0000 EAX ("-": not noted), 8000_0008 EAX,
+leaf 8000_001F as printed; then C-bit ("-": makes no sense), reduction, width with SME,
+VMPLs, highest ASID, page-flush MSR, coherent."""
 
 
 @pytest.mark.req("CM-7", "CM-T2", "CM-T3", "CM-23", "BZ-3")
-@pytest.mark.parametrize("part", REAL_PARTS, ids=lambda part: str(part[0]))
-def test_vector_leaf_8000_001f_of_real_parts(
-    part: tuple[str, *tuple[int, ...]],
-) -> None:
-    name, highest, sizes, eax, ebx, ecx, edx, *expected = part
-    leaf = CpuidLeaf(eax, ebx, ecx, edx)
-    found = MemoryEncryption.decode(table(leaf, sizes, highest))
-    c_bit, reduction, width, vmpls, max_asid, page_flush, coherent = expected
+@pytest.mark.parametrize("row", REAL_PARTS, ids=lambda row: str(row).split()[0])
+def test_vector_leaf_8000_001f_of_real_parts(row: str) -> None:
+    _dump, highest, sizes, printed, c_bit, *rest = row.split()
+    reduction, width, vmpls, max_asid = map(int, rest[:4])
+    leaf = CpuidLeaf(*(int(word, 16) for word in printed.split("-")))
+    top = 0x8000_0020 if highest == "-" else int(highest, 16)
+    found = MemoryEncryption.decode(table(leaf, int(sizes, 16), top))
     assert found.present
-    assert found.usable == (c_bit is not None)
-    assert found.c_bit == (c_bit or 0)
+    assert found.usable == (c_bit != "-")
+    assert found.c_bit == (0 if c_bit == "-" else int(c_bit))
     assert found.phys_reduction == reduction
     assert found.phys_bits_with_sme == width
     assert found.num_vmpl == vmpls
     assert found.max_sev_guests == max_asid
-    assert found.min_sev_no_es_asid == edx
-    assert (found.page_flush_msr, found.hw_coherent) == (page_flush, coherent)
+    assert found.min_sev_no_es_asid == leaf.edx
+    assert [found.page_flush_msr, found.hw_coherent] == [x == "y" for x in rest[4:]]
 
 
 FEATURE_BITS = {
@@ -363,11 +348,7 @@ def test_nonsense_is_refused_with_its_reason(
 ) -> None:
     found = decode(eax, ebx, 0, 0, sizes)
     assert not found.usable
-    pytest.raises(ValueError, _raise, found.reason).match(reason)
-
-
-def _raise(text: str) -> None:
-    raise ValueError(text)
+    assert re.search(reason, found.reason)
 
 
 @pytest.mark.parametrize("c_bit", [32, 47, 51])

@@ -171,7 +171,7 @@ def test_misuse_is_refused_with_exit_code_2(
         ([dump, "--no-smee"], "--smee goes with --boot only"),
         ([dump, "--find", ""], "--find"),
         ([dump, "--min-length", "0"], "--min-length"),
-        (["--boot", "--seed", "many"], "expected an integer"),
+        (["--boot", "--seed", "many"], "is no integer"),
     ]:
         assert what in refusal(capsys, *arguments, code=2)
 
@@ -253,3 +253,19 @@ def test_colour_on_a_terminal_unless_no_color(
             shown = os.read(reader, 65536)
         os.close(reader)
         assert (b"\x1b[34m#" in shown) == (not no_color)
+
+
+def test_the_booted_kernel_shows_in_dram_only_without_encryption(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pages = {}
+    found = {}
+    for state in ("on", "off"):
+        arguments = ["--boot", "--seed", "1", "--cmdline", f"mem_encrypt={state}"]
+        arguments += ["--json", "--find", "on the memory bus"]  # of the built-in image
+        facts = json.loads(output(capsys, *arguments))
+        pages[state], found[state] = facts["pages"], facts["find"]["on the memory bus"]
+    assert pages["on"]["encrypted"] > 10 * pages["on"]["plain"]
+    assert pages["off"]["plain"] > pages["off"]["encrypted"]
+    assert found["on"] == []
+    assert found["off"] != []
