@@ -36,9 +36,10 @@ class Corrupt(Exception):
 
 
 class Output:
-    """Plain bytes in one private mapping; pages of zeros are never touched.
+    """Plain bytes in one private mapping; runs of zeros are never written.
 
-    A kernel has megabytes of them, in .bss and between its sections.
+    A kernel has megabytes of them, in .bss and between its sections: pages that then
+    take no memory.
     """
 
     def __init__(self, size: int) -> None:
@@ -57,8 +58,7 @@ class Output:
             raise Corrupt(f"more than the {self.size:#x} bytes that its end promises")
         chunk_view = memoryview(chunk)
         copied = 0
-        first_page = -self.length % PAGE_SIZE
-        for at in range(first_page, len(chunk) - PAGE_SIZE + 1, PAGE_SIZE):
+        for at in range(0, len(chunk) - PAGE_SIZE + 1, PAGE_SIZE):
             if chunk.startswith(ZERO_PAGE, at):
                 self._copy(chunk_view, copied, at)
                 copied = at + PAGE_SIZE

@@ -15,16 +15,9 @@ from .kernel import KernelImage, Segment
 from .layout import KERNEL_MAPPING_SIZE
 from .source import ImageSource, SourceStream
 
-PARSE_ERRORS = (
-    ELFError,
-    AttributeError,
-    LookupError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What pyelftools raises on corrupt tables: its own error, and what slips through."""
+PARSE_ERRORS = (ELFError, AttributeError, LookupError, TypeError, ValueError)
+"""What pyelftools raises on corrupt tables: its own error, and what slips through
+(TypeError in 0.31)."""
 
 HEADER_FACTS = (
     ("EI_CLASS", 4, "ELFCLASS64"),

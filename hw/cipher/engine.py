@@ -65,6 +65,14 @@ class MemoryCipher:
         if len(key) != 16:
             raise CallerError(f"key of {len(key)} bytes: 16 expected (AES-128)")
         self._tweaks = tweaks
+        # T of every offset in a batch, by unit size: one table as long as the batch
+        # makes one long XOR of what would be many short ones.
+        self._offsets: dict[int, Words] = {
+            unit: np.tile(
+                tweaks.of_offsets[: unit // BLOCK_SIZE].reshape(-1), BATCH_BYTES // unit
+            )
+            for unit in (PAGE_SIZE, CACHE_LINE_SIZE)
+        }
         self._whitens_output = whitens_output
         self._workspace = _Workspace(key)
 
@@ -132,8 +140,10 @@ class MemoryCipher:
             plain = source[first : first + count].reshape(-1).view(np.uint64)
             self._whiten_input(plain, tweaks, data, encrypt)
         else:
-            rows = data.view(np.uint8).reshape(count, unit_size)
-            np.take(source, units, axis=0, out=rows, mode="clip")
+            # Whole units as single items: taken with one memcpy each.
+            item = f"V{unit_size}"
+            rows = data.view(item)
+            np.take(source.view(item).reshape(-1), units, out=rows, mode="clip")
             self._whiten_input(data, tweaks, data, encrypt)
 
         context = space.encryptor if encrypt else space.decryptor
@@ -166,9 +176,7 @@ class MemoryCipher:
         # 16-byte items copy fastest as complex numbers; their bits are not looked at.
         spread = out.view(np.complex128).reshape(units.size, blocks)
         spread[...] = self._tweaks.of_many(addresses).view(np.complex128)
-        by_unit = out.reshape(units.size, blocks * 2)
-        offsets = self._tweaks.of_offsets[:blocks].reshape(-1)
-        np.bitwise_xor(by_unit, offsets, out=by_unit)
+        np.bitwise_xor(out, self._offsets[unit_size][: out.size], out=out)
         return out
 
     def _few_blocks(self, address: int, data: bytes, *, encrypt: bool) -> bytes:

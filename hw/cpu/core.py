@@ -415,15 +415,35 @@ class Cpu:
         raise CbitError(f"#PF at {va:#x}: still faulting after {MAX_RETRIES} retries")
 
     def _runs(self, va: int, length: int, access: int) -> Iterator[Run]:
-        """Split [va, va + length) where the frame, the tag or the leaf ends."""
+        """Split [va, va + length) where the frame, the tag or the leaf ends.
+
+        Small pages that map frame after frame come as one run.
+        """
         while length > 0:
             leaf = self._translate(va, access)
             pa = leaf.pa | va & PAGE_OFFSET_MASK
             size = 1 << leaf.shift
-            step = min(length, size - (va & size - 1))
+            step = size - (va & size - 1)
+            if length > step and leaf.shift == PAGE_SHIFT:
+                step += self._more_pages(va, leaf, access, length - step)
+            step = min(length, step)
             yield Run(pa, step, leaf.slot)
             va += step
             length -= step
+
+    def _more_pages(self, va: int, leaf: Translation, access: int, length: int) -> int:
+        """Return how many bytes behind the page of `va` may join its run."""
+        assert self._walker is not None
+        page = va >> PAGE_SHIFT
+        end = page + 1 + (length + PAGE_SIZE - 1 >> PAGE_SHIFT)
+        # What the TLB holds counts, stale or not: the run ends before it.
+        end = self._tlb.first_in(page + 1, min(end, (page | 511) + 1))
+        if end == page + 1:
+            return 0
+        if self._cpl:
+            access |= _USER
+        root = self._cr3.value
+        return self._walker.extend(root, va, leaf, access, end - page) - 1 << PAGE_SHIFT
 
     # The slow paths
 

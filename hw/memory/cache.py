@@ -36,6 +36,10 @@ SLOT_BITS = 16
 """Room for a key slot below a page number in one key; ASIDs end near 1000."""
 
 
+STRETCH_PAGES = 2048
+"""Pages that a large flush writes back before it gives their host memory back."""
+
+
 class HazardPolicy(Enum):
     """What to do with an access that silicon leaves undefined."""
 
@@ -178,8 +182,19 @@ class CacheHierarchy:
         """WBINVD: write back every dirty line, then drop everything."""
         if self._trace.active:
             self._trace.emit("flush", what="wbinvd")
+        stores = list(self._stores.values())
+        if self.coherent or sum(bool(s.pages_with(s.dirty).size) for s in stores) < 2:
+            # No line is contested: go a stretch at a time, so that the host never
+            # holds all of a large cache twice.
+            self._drop_views()
+            for store in stores:
+                pages = store.pages_with(store.dirty)
+                for i in range(0, pages.size, STRETCH_PAGES):
+                    stretch = pages[i : i + STRETCH_PAGES]
+                    self._write_back(store, stretch, store.dirty[stretch])
+                    store.invalidate(stretch)
         self.drain()
-        for store in self._stores.values():
+        for store in stores:
             store.forget_all()
 
     def drain(self) -> None:

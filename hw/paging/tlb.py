@@ -58,6 +58,11 @@ class Tlb:
             large = (translation.shift, page >> translation.shift - PAGE_SHIFT)
             self._pieces.setdefault(large, set()).add(page)
 
+    def first_in(self, page: int, end: int) -> int:
+        """Return the first page of [page, end) that has a translation, or `end`."""
+        entries = self.entries
+        return next((p for p in range(page, end) if p in entries), end)
+
     def drop(self, page: int) -> set[int]:
         """INVLPG: drop whatever translates `page`; return the pages dropped."""
         dropped = {page}

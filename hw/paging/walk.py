@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import NamedTuple
 
+import numpy as np
+
 from ..faults import PageFault, PageFaultCode
 from ..memory import MemoryBus
 from ..types import PAGE_SHIFT
@@ -205,6 +207,44 @@ class PageWalker:
             Translation,
             (pa, slot, rights, entry & _D != 0, entry & _G != 0, shift, entry),
         )
+
+    def extend(
+        self, root: int, va: int, first: Translation, access: int, limit: int
+    ) -> int:
+        """Count the pages from `va` on that map frame after frame just as the first.
+
+        Looks at the rest of one page table at once and sets A and D there as the
+        walks of the single pages would.
+
+        Args:
+            root: CR3.
+            va: an address in the first page.
+            first: its translation, a 4 KiB leaf just walked for the same access.
+            access: bits of `Access`.
+            limit: most pages to look at, 1 or more.
+
+        Returns:
+            1 or more; the first page counts.
+        """
+        index = va >> PAGE_SHIFT & INDEX_MASK
+        limit = min(limit, INDEX_MASK + 1 - index)
+        key = root & self._key_mask
+        for shift, _, _ in self._loop[:-1]:
+            key = self._read_entry(key, va >> shift & INDEX_MASK) & self._key_mask
+        table = self._tables.get(key)
+        if table is None:
+            return 1
+        entries = np.frombuffer(table, np.uint64)[index : index + limit]
+        needed = np.uint64(_A | _D if access & WRITE else _A)
+        frames = np.arange(limit, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
+        alike = (entries | needed) == (np.uint64(first.entry) | needed) + frames
+        count = limit if alike.all() else max(int(alike.argmin()), 1)
+        entries = entries[:count]
+        if ((entries & needed) != needed).any():
+            pa, slot = self._place(key)
+            data = (entries | needed).tobytes()
+            self._bus.store(pa + index * ENTRY_SIZE, data, slot)
+        return count
 
     def _read_entry(self, key: int, index: int) -> int:
         pa, slot = self._place(key)

@@ -162,6 +162,44 @@ def test_a_size_that_the_stream_does_not_keep_is_refused(
         load(tmp_path, bzimage(packed))
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("junk", [1, 10, 9000])
+def test_junk_behind_the_end_of_a_stream_is_refused(
+    tmp_path: Path, compression: str, junk: int
+) -> None:
+    plain = vmlinux()
+    packed = COMPRESSIONS[compression](plain) + b"\xcc" * junk
+    with pytest.raises(InputError, match=f"{compression} stream"):
+        load(tmp_path, bzimage(packed + struct.pack("<I", len(plain))))
+
+
+def test_a_zstd_frame_that_does_not_say_its_size_loads_if_the_end_is_right(
+    tmp_path: Path,
+) -> None:
+    # What `zstd` writes from a pipe, as in the kernel's build.
+    plain = vmlinux()
+    packed = zstandard.ZstdCompressor(write_content_size=False).compress(plain)
+    good = packed + struct.pack("<I", len(plain))
+    assert load(tmp_path, bzimage(good)).segments[0].data == CODE
+    for wrong in (-1, 1):
+        with pytest.raises(InputError, match="zstd stream"):
+            load(tmp_path, bzimage(packed + struct.pack("<I", len(plain) + wrong)))
+
+
+def test_a_zstd_frame_that_claims_a_terabyte_is_refused(tmp_path: Path) -> None:
+    frame = bytes.fromhex("28b52ffd e0") + struct.pack("<Q", 1 << 40) + bytes(64)
+    packed = frame + struct.pack("<I", 0x4000)
+    with pytest.raises(InputError, match="frame of 0x10000000000 bytes"):
+        load(tmp_path, bzimage(packed))
+
+
+def test_an_lz4_block_that_is_cut_is_refused_with_its_place(tmp_path: Path) -> None:
+    plain = vmlinux()
+    packed = in_legacy_blocks(plain)[:-20] + struct.pack("<I", len(plain))
+    with pytest.raises(InputError, match=r"block of 0x\w+ bytes at 0x\w+, got 0x"):
+        load(tmp_path, bzimage(packed))
+
+
 @pytest.mark.parametrize("compression", [*COMPRESSIONS, "none"])
 def test_no_flipped_bit_raises_anything_but_a_refusal(
     tmp_path: Path, compression: str
@@ -279,6 +317,20 @@ def test_law_output_is_the_chunks_joined(sizes: list[int]) -> None:
     assert bytes(output.finish()) == b"".join(chunks) + b"\x01"
     with pytest.raises(Corrupt, match="promise"):
         output.append(b"\x01")
+
+
+def test_runs_of_zeros_take_no_memory() -> None:
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    zeros = bytes(128 << 20)
+    output = Output(len(zeros) + 100)
+    before = resident()
+    output.append(b"\x01" * 100)
+    output.append(zeros)
+    assert resident() - before < 8 << 20
+    assert output.finish()[-1] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fEL", b"text\n" * 200, bytes(4096)])

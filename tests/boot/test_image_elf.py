@@ -78,7 +78,7 @@ def symbol_parts(symbols: dict[str, int], link: int = 2) -> list[Part]:
     """A symbol table in which every name is the tail of one string, as linkers do."""
     strings, rows = b"\0", bytes(24)
     for name, value in symbols.items():
-        strings += b"my" + name.encode() + b"\0"
+        strings += b"unused" + name.encode() + b"\0my" + name.encode() + b"\0"
         start = len(strings) - len(name) - 3
         rows += struct.pack("<IBBHQQ", start, 0x10, 0, 1, 0xBAD, 0)
         rows += struct.pack("<IBBHQQ", start + 2, 0x10, 0, 1, value, 0)
@@ -167,6 +167,20 @@ def test_a_kernel_built_without_memory_encryption_has_an_empty_decrypted_part(
     assert layout.workarea == span(0x180_0000, 0x1C0_0000)  # behind _end, rounded up
 
 
+def test_a_work_area_of_our_own_lies_behind_every_segment(tmp_path: Path) -> None:
+    some = {name: va for name, va in SYMBOLS.items() if name != "sme_workarea"}
+    modules = Load(0x1A0_0000, 0, b"modules", 0x1000)
+    layout = load(tmp_path, elf([TEXT, DATA, modules], symbol_parts(some))).layout
+    assert layout.end == 0x168_0000
+    assert layout.workarea == span(0x1C0_0000, 0x200_0000)
+
+
+def test_segments_that_span_more_than_1_gib_are_refused(tmp_path: Path) -> None:
+    far = Load(0x5000_0000, 0, b"far", 0x1000)
+    with pytest.raises(InputError, match="segments from 0x1000000 to 0x50001000"):
+        load(tmp_path, elf([TEXT, DATA, far], symbol_parts(SYMBOLS)))
+
+
 def test_a_symbol_table_without_the_linker_scripts_names_is_passed_over(
     tmp_path: Path,
 ) -> None:
@@ -180,6 +194,7 @@ def test_a_symbol_table_without_the_linker_scripts_names_is_passed_over(
         (0x160_0000, (0x140_0000, 0x160_0000)),
         (0x160_1000, (0x160_1000, 0x160_1000)),  # ends elsewhere: there is none
         (0x140_0000, (0x120_0000, 0x140_0000)),
+        (0x130_0000, (0x130_0000, 0x130_0000)),
     ],
 )
 def test_sections_place_the_decrypted_part_at_the_end_of_bss(
@@ -190,6 +205,18 @@ def test_sections_place_the_decrypted_part_at_the_end_of_bss(
     assert layout.found_by == "sections"
     assert layout.bss_decrypted == span(*decrypted)
     assert layout.end == layout.bss.end == bss_end
+
+
+def test_a_bss_of_less_than_2_mib_has_no_decrypted_part(tmp_path: Path) -> None:
+    bss = Part(".bss", NOBITS, MAP + 0x13F_0000, 0x1_0000)
+    layout = load(tmp_path, elf([TEXT, DATA], [bss])).layout
+    assert layout.bss_decrypted == span(0x140_0000, 0x140_0000)
+
+
+def test_the_end_is_the_page_behind_brk(tmp_path: Path) -> None:
+    bss = Part(".bss", NOBITS, MAP + 0x120_0000, 0x1000)
+    brk = Part(".brk", NOBITS, MAP + 0x120_1000, 0x1_0123)
+    assert load(tmp_path, elf([TEXT, DATA], [bss, brk])).layout.end == 0x121_2000
 
 
 def test_segments_alone_give_the_end_and_a_work_area_behind_it(tmp_path: Path) -> None:
