@@ -179,12 +179,13 @@ def kernel_pmds(
 ) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """Return level2_kernel_pgt: 512 entries of 2 MiB from __START_KERNEL_map on.
 
-    Only those between _text and _end are present, moved by phys_base and the C-bit.
+    Only those that hold _text to _end are present, moved by phys_base and the C-bit;
+    the one that holds _end itself counts, though _end be its first byte.
     """
     frames = np.arange(PTRS_PER_TABLE, dtype=np.uint64) << np.uint64(PMD_SHIFT)
     entries = frames | np.uint64(PAGE_KERNEL_LARGE_EXEC)
     first = table_index(layout.virtual_base, PMD_SHIFT)
-    last = table_index(layout.virt(PhysAddr(layout.end - 1)), PMD_SHIFT)
+    last = table_index(layout.virt(layout.end), PMD_SHIFT)
     phys_base = layout.text_start - (layout.virtual_base - START_KERNEL_MAP)
     used = slice(first, last + 1)
     entries[used] += np.uint64((phys_base + state.me_mask) % (1 << 64))

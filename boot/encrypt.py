@@ -121,8 +121,8 @@ def plan_workarea(
     """
     start = layout.workarea.start
     execute_end = start + EXECUTE_SIZE
-    kernel_start, kernel_end = layout.kernel_start, layout.kernel_end
-    pgtable = PAGE_SIZE + 2 * sme_pgtable_calc(kernel_end - kernel_start, five_levels)
+    mapped = execute_end - layout.kernel_start  # the area's first part goes with it
+    pgtable = PAGE_SIZE + 2 * sme_pgtable_calc(mapped, five_levels)
     if initrd_length:
         pgtable += 2 * sme_pgtable_calc(initrd_length, five_levels)
     # The tables that map the work area itself, tables included.

@@ -60,7 +60,7 @@ class TablePool:
 
 
 class IdentityMapper:
-    """Adds mappings to one PGD; existing entries stay as they are.
+    """Adds mappings to one PGD; pages that are mapped already stay as they are.
 
     Args:
         cpu: whose current tables map the pool and the PGD identically, plain.
@@ -96,6 +96,7 @@ class IdentityMapper:
         """
         offset = va - start
         va_end = va + end - start
+        va &= -PAGE_SIZE
         va = self._map_pages(va, min(_next_pmd(va), va_end), offset, pte_flags)
         while va_end - va >= PMD_SIZE:
             self._set_leaf(va, PMD_SHIFT, va - offset | int(pmd_flags))
@@ -111,14 +112,15 @@ class IdentityMapper:
 
     def _map_pages(self, va: int, va_end: int, offset: int, flags: int) -> int:
         while va < va_end:
-            frame = va - offset & -PAGE_SIZE
-            self._set_leaf(va, PAGE_SHIFT, frame | int(flags))
+            self._set_leaf(va, PAGE_SHIFT, va - offset | int(flags))
             va += PAGE_SIZE
         return va
 
     def _set_leaf(self, va: int, shift: int, entry: int) -> None:
         slot = self._slot(va, shift)
-        if slot is not None and not self._cpu.load64(slot) & Page.PRESENT:
+        # A table of 4 KiB entries gives way to a large page, as in Linux.
+        kept = Page.PSE if shift == PMD_SHIFT else Page.PRESENT
+        if slot is not None and not self._cpu.load64(slot) & kept:
             self._cpu.store64(slot, entry)
 
     def _slot(self, va: int, shift: int) -> int | None:

@@ -138,8 +138,8 @@ def place_initrd(
         if start >= kernel.end:
             return PhysAddr(start)
         raise KernelError(
-            f"initrd of {size:#x} bytes at [{start:#x}, {start + size:#x}) overlaps the "
-            f"kernel and its work area [{kernel.start:#x}, {kernel.end:#x}): "
+            f"initrd of {size:#x} bytes at [{start:#x}, {start + size:#x}) overlaps "
+            f"the kernel and its work area [{kernel.start:#x}, {kernel.end:#x}): "
             "more RAM is needed"
         )
     raise KernelError(f"initrd of {size:#x} bytes: no RAM for it up to {limit:#x}")

@@ -64,14 +64,17 @@ class Machine:
         seed: int | None = None,
     ) -> None:
         self.model = load_model(model) if isinstance(model, str) else model
+        encryption = self.model.memory_encryption
         if profile is None:
             profile = PROFILES[-1]
         elif isinstance(profile, str):
             profile = profile_named(profile)
         if coherent is None:
-            coherent = self.model.memory_encryption.hw_coherent
+            coherent = encryption.hw_coherent
         self.tsme = tsme
-        width = self.model.phys_bits - self.model.memory_encryption.phys_reduction
+        width = self.model.phys_bits
+        if encryption.usable:  # elsewhere the reduction may be nonsense as well
+            width = encryption.phys_bits_with_sme
         if ram > 1 << width:
             raise CallerError(
                 f"RAM of {ram:#x} bytes: {self.model.name} addresses {width} bits once "

@@ -46,7 +46,9 @@ class Event(NamedTuple):
         return {"event": self.number, "kind": self.kind, **facts}
 
 
-PLAIN_NUMBERS = frozenset({"length", "pages", "cpu", "slot", "from_slot", "to_slot"})
+PLAIN_NUMBERS = frozenset(
+    {"length", "pages", "cpu", "slot", "other_slot", "from_slot", "to_slot"}
+)
 """Facts that are counts or small ordinals, printed in decimal."""
 
 Listener = Callable[[Event], None]

@@ -24,6 +24,7 @@ from ..paging import (
     LONG_5_LEVEL,
     Access,
     AddressRules,
+    Entry,
     PageWalker,
     Protection,
     Tlb,
@@ -98,6 +99,7 @@ class Cpu:
         self._msrs = msrs
         self._bus = bus
         self._caches = caches
+        self._readable = caches.readable
         self._controller = controller
         self._trace = trace
         self._tlb = Tlb()
@@ -265,12 +267,15 @@ class Cpu:
         view = self._load_views.get(va >> 12)
         if view is not None and (offset := va & 0xFFF) <= 0xFF8:
             return _unpack_u64(view, offset)[0]  # type: ignore[no-any-return]
-        if va & 0xFFF <= 0xFF8:
+        if (offset := va & 0xFFF) <= 0xFF8:
             found = self._translate(va, _READ)
-            view = self._caches.page_view(found.slot, found.pa >> 12, write=False)
+            pa, slot = found.pa, found.slot
+            view = self._readable.get(pa | slot) or self._caches.page_view(
+                slot, pa >> 12, write=False
+            )
             if view is not None:
                 self._load_views[va >> 12] = view
-                return _unpack_u64(view, va & 0xFFF)[0]  # type: ignore[no-any-return]
+                return _unpack_u64(view, offset)[0]  # type: ignore[no-any-return]
         return int.from_bytes(self._load_slow(va, 8, _READ), "little")
 
     def store64(self, va: int, value: int) -> None:
@@ -374,7 +379,7 @@ class Cpu:
                 raise GeneralProtection(f"address {va:#x}: 32 bits with paging off")
             pa = va & -PAGE_SIZE
             slot = self._controller.slot_for(False)
-            return Translation(pa, slot, 7, True, False, 32, 0)
+            return Translation(pa, slot, 7, 32, int(Entry.A | Entry.D))
         if not (va < walker.low_end or va >= walker.high_start):
             raise GeneralProtection(
                 f"address {va:#x} is not canonical with {walker.format.name} paging"
@@ -386,7 +391,7 @@ class Cpu:
         if (
             found is not None
             and found.rights | access << 3 not in walker.refused
-            and (found.dirty or not access & _WRITE)
+            and (not access & _WRITE or found.dirty)
         ):
             return found
         # A refused or clean translation is walked again, as hardware does.

@@ -32,10 +32,6 @@ from .line_store import ALL, ALL_LINES, Index, LineStore, Words, masks_to_lines,
 from .sparse import Bytes
 
 
-SLOT_BITS = 16
-"""Room for a key slot below a page number in one key; ASIDs end near 1000."""
-
-
 STRETCH_PAGES = 2048
 """Pages that a large flush writes back before it gives their host memory back."""
 
@@ -75,6 +71,8 @@ class CacheHierarchy:
     Attributes:
         hazards_met: every hazard so far, in order.
         tag_changes: pages that passed from one tag to another.
+        readable: views that `page_view` gave for loads, by address of the page | slot
+            (slots end near 1000); for those who cannot afford the call.
     """
 
     def __init__(
@@ -99,9 +97,7 @@ class CacheHierarchy:
         # The tag that touched a page last, plus 1; on coherent parts its only owner.
         self._owner = np.zeros(dram.size >> PAGE_SHIFT, np.uint16)
         self._owner_word = self._owner.data
-        # Pages that need no bookkeeping, by page << SLOT_BITS | slot.
-        self._readable: dict[int, memoryview] = {}
-        self._writable: dict[int, memoryview] = {}
+        self.readable: dict[int, memoryview] = {}
         self._view_holders: list[Callable[[], None]] = []
 
     # Accesses
@@ -146,19 +142,21 @@ class CacheHierarchy:
         The view holds until the holders registered with `hold_views` are called.
         For writes every line must be dirty already; None says: use `claim`.
         """
-        key = page << SLOT_BITS | slot
-        views = self._writable if write else self._readable
-        view = views.get(key)
-        if view is None and self._is_plain(slot, page, write):
-            start = page << PAGE_SHIFT
+        start = page << PAGE_SHIFT
+        view = self.readable.get(start | slot)
+        if write or view is None:
+            if not self._is_plain(slot, page, write):
+                return None
             data = self._stores[slot].data.cells.data
-            view = views[key] = data[start : start + PAGE_SIZE]
+            view = self.readable[start | slot] = data[start : start + PAGE_SIZE]
         return view
 
     def _is_plain(self, slot: int, page: int, write: bool) -> bool:
         """Tell whether every access to the page is a hit that changes no state."""
         store = self._stores.get(slot)
-        if store is None or self._owner_word[page] != slot + 1:
+        if store is None or page >= len(self._owner_word):  # devices lie above RAM
+            return False
+        if self._owner_word[page] != slot + 1:
             return False
         if store.valid_word[page] != ALL_LINES:
             return False
@@ -480,8 +478,7 @@ class CacheHierarchy:
                 other.stale[first:end] |= other.valid[first:end] & touched
 
     def _drop_views(self) -> None:
-        self._readable.clear()
-        self._writable.clear()
+        self.readable.clear()
         for drop in self._view_holders:
             drop()
 

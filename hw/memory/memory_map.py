@@ -87,11 +87,16 @@ class MemoryMap:
             rom: 64 KiB shown at F_0000.
 
         Raises:
-            CallerError: the size is too small or no multiple of a page.
+            CallerError: the size is too small or no multiple of a page, or the ROM
+                does not fill its window.
         """
         if ram_bytes % PAGE_SIZE or ram_bytes < 2 << 20:
             raise CallerError(
                 f"RAM of {ram_bytes:#x} bytes: 2 MiB or more, a multiple of 4096 expected"
+            )
+        if len(rom) != HIGH_RAM_START - ROM_START:
+            raise CallerError(
+                f"ROM of {len(rom):#x} bytes: {HIGH_RAM_START - ROM_START:#x} expected"
             )
         low_top = min(ram_bytes, PCI_HOLE_START)
         mmio, ram = RegionKind.MMIO, RegionKind.RAM

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..types import PAGE_SHIFT
+from .formats import Entry
 
 CAPACITY = 1 << 16
 """Pieces kept; beyond that the oldest goes, as in any TLB."""
@@ -23,19 +24,25 @@ class Translation(NamedTuple):
         pa: physical address of the piece, without the C-bit.
         slot: key slot that the leaf's C-bit selects.
         rights: effective rights, bit 0 writable, bit 1 user, bit 2 executable.
-        dirty: the leaf's D bit is set, so a store needs no walk.
-        is_global: survives a write of CR3.
         shift: log2 of the leaf's size: 12, 21 or 30.
-        entry: the leaf entry as read, C-bit and flags included.
+        entry: the leaf entry as the walk left it, C-bit and flags included.
     """
 
     pa: int
     slot: int
     rights: int
-    dirty: bool
-    is_global: bool
     shift: int
     entry: int
+
+    @property
+    def dirty(self) -> bool:
+        """The leaf's D bit is set, so a store needs no walk."""
+        return bool(self.entry & Entry.D)
+
+    @property
+    def is_global(self) -> bool:
+        """The leaf's G bit is set: it survives a write of CR3."""
+        return bool(self.entry & Entry.G)
 
 
 class Tlb:

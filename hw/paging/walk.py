@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,8 +86,8 @@ class _Step(NamedTuple):
     name: str
     shift: int
     reserved_pointer: int
-    reserved_leaf: int
     leaf_bits: int  # an entry with any of these bits is a leaf; P where all are
+    leaf_watched: int  # P and what is reserved in a leaf
     leaf_address: int
 
 
@@ -127,10 +127,10 @@ class PageWalker:
                 level.name,
                 level.shift,
                 rules.reserved_mask(level, leaf=False),
-                rules.reserved_mask(level, leaf=True),
                 int(Entry.P)
                 if level.maps_page
                 else int(Entry.PS) * rules.leaf_allowed(level),
+                _P | rules.reserved_mask(level, leaf=True),
                 rules.leaf_address_mask(level),
             )
             for level in layout.levels
@@ -147,12 +147,18 @@ class PageWalker:
             )
             for step in steps
         ]
-        self._slots = (bus.slot_for(False), bus.slot_for(True))
+        self._plain_slot, self._c_slot = bus.slot_for(False), bus.slot_for(True)
+        self._last_step = steps[-1]
         self._tables: dict[int, memoryview] = {}
+        # Ways to page tables under one root, by va >> 21. A way counts only while the
+        # entries on it still read as they did: this is no paging-structure cache.
+        self._paths: dict[int, tuple[Any, ...]] = {}
+        self._paths_root = -1
 
     def drop_views(self) -> None:
         """Forget the views of table pages; their tag may have changed."""
         self._tables.clear()
+        self._paths.clear()
 
     def walk(self, root: int, va: int, access: int) -> Translation:
         """Translate `va` and set A, and D for a store.
@@ -165,32 +171,27 @@ class PageWalker:
         Raises:
             PageFault: not present, reserved bit, or refused; with level and entry.
         """
-        tables = self._tables
-        key = root & self._key_mask
-        key_mask, index_mask = self._key_mask, INDEX_MASK
-        granted, executable = _RW_AND_US, EXECUTABLE  # until a level withholds it
-        for shift, watched, step in self._loop:
-            index = va >> shift & index_mask
-            table = tables.get(key)
-            entry = self._read_entry(key, index) if table is None else table[index]
-            granted &= entry
-            # One test for what is common: a pointer, present, accessed, executable.
-            if entry & watched != _P_AND_A:
-                if entry & step.leaf_bits or not entry & 1:
-                    break
-                if entry & step.reserved_pointer:
-                    raise self._fault(va, access, step, entry, "reserved bit set")
-                if not entry & _A:
-                    self._write_entry(key, index, entry | _A)
-                if entry & _NX:
-                    executable = 0
-            key = entry & key_mask
+        if root != self._paths_root:
+            self._paths.clear()
+            self._paths_root = root
+        path = self._paths.get(va >> 21)
+        if path is not None:
+            a, i, x, b, j, y, c, k, z, table, key, granted, executable = path
+            if a[i] == x and b[j] == y and c[k] == z:
+                step, shift = self._last_step, PAGE_SHIFT
+                index = va >> 12 & INDEX_MASK
+                entry = table[index]
+            else:
+                path = None
+        if path is None:
+            key, index, entry, granted, executable, step, shift = self._descend(
+                root, va, access
+            )
 
-        if not entry & 1:
-            raise self._fault(va, access, step, entry, "not present")
-        if entry & step.reserved_leaf:
-            raise self._fault(va, access, step, entry, "reserved bit set")
-        rights = granted >> 1 | (0 if entry & _NX else executable)
+        if entry & step.leaf_watched != _P:
+            amiss = "reserved bit set" if entry & _P else "not present"
+            raise self._fault(va, access, step, entry, amiss)
+        rights = (granted & entry) >> 1 | (0 if entry & _NX else executable)
         if rights | access << 3 in self.refused:
             why = self.protection.refuses(rights, access)
             raise self._fault(va, access, step, entry, why)
@@ -201,12 +202,48 @@ class PageWalker:
         pa = entry & step.leaf_address
         if shift != PAGE_SHIFT:
             pa |= va & (1 << shift) - 1 & -(1 << PAGE_SHIFT)
-        slot = self._slots[entry & self._c_mask != 0]
+        slot = self._c_slot if entry & self._c_mask else self._plain_slot
         # Translation(...) would cost a fifth of the whole walk.
-        return _new_tuple(
-            Translation,
-            (pa, slot, rights, entry & _D != 0, entry & _G != 0, shift, entry),
-        )
+        return _new_tuple(Translation, (pa, slot, rights, shift, entry))
+
+    def _descend(
+        self, root: int, va: int, access: int
+    ) -> tuple[int, int, int, int, int, _Step, int]:
+        """Follow the pointers down to the entry that is no pointer.
+
+        Where four levels lead to a page table, the way there is remembered: the three
+        entries, where they were read, and what they grant.
+
+        Returns:
+            Its table's key, its index, the entry, the rights so far, the last step.
+        """
+        tables = self._tables
+        key = root & self._key_mask
+        granted, executable = _RW_AND_US, EXECUTABLE  # until a level withholds it
+        pointers: list[Any] = []
+        for shift, watched, step in self._loop:
+            index = va >> shift & INDEX_MASK
+            table = tables.get(key)
+            entry = self._read_entry(key, index) if table is None else table[index]
+            # One test for what is common: a pointer, present, accessed, executable.
+            if entry & watched != _P_AND_A:
+                if entry & step.leaf_bits or not entry & 1:
+                    break
+                if entry & step.reserved_pointer:
+                    raise self._fault(va, access, step, entry, "reserved bit set")
+                if not entry & _A:
+                    entry |= _A
+                    self._write_entry(key, index, entry)
+                if entry & _NX:
+                    executable = 0
+            granted &= entry
+            pointers += (table, index, entry)
+            key = entry & self._key_mask
+        if step is self._last_step and len(pointers) == 9:
+            path = (*pointers, table, key, granted, executable)
+            if None not in path:
+                self._paths[va >> 21] = path
+        return key, index, entry, granted, executable, step, shift
 
     def extend(
         self, root: int, va: int, first: Translation, access: int, limit: int
@@ -260,7 +297,8 @@ class PageWalker:
         self._bus.store(pa + index * ENTRY_SIZE, data, slot)
 
     def _place(self, key: int) -> tuple[int, int]:
-        return key & ~self._c_mask, self._slots[key & self._c_mask != 0]
+        slot = self._c_slot if key & self._c_mask else self._plain_slot
+        return key & ~self._c_mask, slot
 
     def _fault(
         self, va: int, access: int, step: _Step, entry: int, reason: str
@@ -278,8 +316,8 @@ class PageWalker:
 
 _new_tuple = tuple.__new__
 _NX = int(Entry.NX)
+_P = int(Entry.P)
 _A = int(Entry.A)
 _P_AND_A = int(Entry.P | Entry.A)
 _RW_AND_US = int(Entry.RW | Entry.US)
 _D = int(Entry.D)
-_G = int(Entry.G)

@@ -38,6 +38,7 @@ TABLE_ADDRESS = 0x000F_FFFF_FFFF_F000
 PRESENT, LARGE = 1 << 0, 1 << 7
 
 Cells = npt.NDArray[np.uint8]
+Fact = tuple[str | int, ...]
 cached_model = cache(load_model)
 cached_builtin = cache(builtin_image)
 
@@ -118,7 +119,7 @@ class Board:
         params = BootParams.parse(self.cpu.load(at, 4096))
         self.cpu.store(at, replace(params, **changes).build())
 
-    def facts(self, *kinds: str) -> list[tuple[str, ...] | tuple[str, int, int]]:
+    def facts(self, *kinds: str) -> list[Fact]:
         """Return the events of some kinds, each as a short tuple."""
         return [_short(event) for event in self.events if event.kind in kinds]
 
@@ -235,15 +236,12 @@ def random_bytes(length: int, seed: int = 7) -> bytes:
     return np.random.default_rng(seed).bytes(length)
 
 
-def _short(event: Event) -> tuple[str, ...] | tuple[str, int, int]:
-    facts = event.facts
-    match event.kind:
-        case "cpuid":
-            return "cpuid", int(facts["leaf"]), int(facts["subleaf"])
-        case "rdmsr" | "wrmsr":
-            return event.kind, int(facts["index"]), int(facts["value"])
-        case "cr":
-            return "cr", int(str(facts["register"])[2:]), int(facts["value"])
-        case "flush":
-            return "flush", str(facts["what"])
-    return (event.kind,)
+def _short(event: Event) -> Fact:
+    names = {
+        "cpuid": ("leaf",),
+        "rdmsr": ("index",),
+        "wrmsr": ("index", "value"),
+        "cr": ("register", "value"),
+        "flush": ("what",),
+    }
+    return event.kind, *(event.facts[name] for name in names[event.kind])

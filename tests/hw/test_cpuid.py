@@ -126,6 +126,11 @@ def test_a_sub_leaf_that_does_not_exist_reads_as_zeros() -> None:
     assert caches.leaf(0x8000_001D, 2) == ABSENT
 
 
+def test_sub_leaves_of_a_dump_make_any_leaf_an_indexed_one() -> None:
+    odd = table(None).replace({(0xE, n): CpuidLeaf(n + 1, 0, 0, 0) for n in range(2)})
+    assert [odd.leaf(0xE, n).eax for n in range(3)] == [1, 2, 0]
+
+
 def test_replace_leaves_the_original_alone() -> None:
     bare = table(None)
     other = bare.replace({(1, 0): CpuidLeaf(1, 2, VIRTUAL, 4)})
@@ -357,6 +362,11 @@ def test_a_c_bit_right_above_what_remains_is_usable(c_bit: int) -> None:
     assert found.usable
     assert found.reason == ""
     assert found.phys_bits_with_sme == c_bit
+
+
+def test_the_bounds_of_the_width_are_usable_themselves() -> None:
+    assert decode(1, 51, 0, 0, sizes=32).usable
+    assert decode(1, 51 | 1 << 6, 0, 0, sizes=52).usable
 
 
 @pytest.mark.req("CM-3")

@@ -88,7 +88,6 @@ CPU 0:
     assert (found.max_sev_guests, found.min_sev_no_es_asid) == (509, 510)
 
 
-@pytest.mark.req("BZ-34")
 @pytest.mark.parametrize(
     "heading",
     [
@@ -146,6 +145,27 @@ def test_a_damaged_line_is_named_by_its_number(damaged: str) -> None:
 def test_a_needed_leaf_that_is_missing_is_named(leaf: int) -> None:
     with pytest.raises(InputError, match=f"^d: CPUID leaf {leaf:#010x} is missing"):
         parse_dump(instlatx64(without((leaf, 0))), "d")
+
+
+def test_a_highest_leaf_that_is_announced_must_be_there() -> None:
+    naples = ROWS[0x8000_0000, 0]._replace(eax=0x8000_001F)
+    rows = {**without((0x8000_001F, 0)), (0x8000_0000, 0): naples}
+    with pytest.raises(InputError, match="is the file cut short"):
+        parse_dump(instlatx64(rows), "d")
+
+
+def test_a_second_cpu_does_not_lend_its_leaves_to_the_first() -> None:
+    second = {**ROWS, (5, 0): CpuidLeaf(1, 2, 3, 4)}
+    assert not parse_dump(instlatx64(ROWS) + instlatx64(second), "d").has(5)
+
+
+def test_unlabelled_repeats_of_a_leaf_are_its_sub_leaves() -> None:
+    # Old InstLatx64 dumps: CPUID 00000004 three times, no [SL nn].
+    rows = "".join(
+        f"CPUID 00000004: 0000000{n}-00000000-00000000-00000000\n" for n in (1, 2, 3)
+    )
+    table = parse_dump(instlatx64(ROWS) + rows, "d")
+    assert [table.leaf(4, n).eax for n in range(4)] == [1, 2, 3, 0]
 
 
 def test_a_single_leaf_of_the_tool_is_not_enough() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cbit.hw.cpuid import host
+from cbit.hw.cpuid import ABSENT, LeafRange, host
 from cbit.hw.cpuid.host import HostUnavailable
 from cbit.hw.models import load_model
 
@@ -43,6 +43,14 @@ def test_the_instruction_can_be_executed_many_times() -> None:
     first = host.read_with_instruction()
     for _ in range(50):
         assert host.read_with_instruction().leaf(0) == first.leaf(0)
+
+
+@on_x86_linux
+def test_every_leaf_is_read_and_only_sub_leaves_that_say_something() -> None:
+    table = host.read_with_instruction()
+    for base in (LeafRange.STANDARD, LeafRange.EXTENDED):
+        assert all(table.has(leaf) for leaf in range(base, table.max_leaf(base) + 1))
+    assert not [n for n, sub, row in table if sub and row == ABSENT]
 
 
 @on_x86_linux

@@ -188,6 +188,7 @@ def test_sev_status_is_there_with_sme_or_sev_and_reads_0_on_bare_metal(
         (RmpBase, "milan", True),
         (RmpEnd, "genoa", False),  # SNP is off in that dump's firmware
         (RmpEnd, "rome", False),
+        (RmpBase, "rome", False),
         (Ghcb, "zen1", False),  # SEV without SEV-ES
         (VmHsavePa, "no-leaf", False),
         (VmHsavePa, "zen1", True),

@@ -11,9 +11,12 @@ from cbit.hw.msr import (
     Msr,
     MsrFile,
     Pat,
+    SmmAddr,
     SmmBase,
+    SmmMask,
     TopMem,
     TopMem2,
+    VmHsavePa,
     choices,
 )
 
@@ -154,16 +157,17 @@ def test_firmware_locks_smm_and_only_reset_unlocks_it(rome: MsrFile) -> None:
     assert Hwcr(rome.read(Hwcr.ADDRESS)).smm_lock == 1
 
 
+@pytest.mark.parametrize("kind", [SmmBase, SmmAddr, SmmMask])
 def test_smm_registers_are_read_only_while_locked(
-    rome: MsrFile, monkeypatch: pytest.MonkeyPatch
+    kind: type[Msr], rome: MsrFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rome.write(SmmBase.ADDRESS, 0x3_0000)
-    assert rome.read(SmmBase.ADDRESS) == 0
+    rome.write(kind.ADDRESS, 0x6_0000)
+    assert rome.read(kind.ADDRESS) == 0
     monkeypatch.setattr(choices, "SMM_LOCKED_WRITES_IGNORED", False)
-    assert "locked" in refused(rome, SmmBase.ADDRESS, 0x3_0000)
+    assert "locked" in refused(rome, kind.ADDRESS, 0x6_0000)
     rome.set(Hwcr.of(smm_lock=0))
-    rome.write(SmmBase.ADDRESS, 0x3_0000)
-    assert rome.read(SmmBase.ADDRESS) == 0x3_0000
+    rome.write(kind.ADDRESS, 0x6_0000)
+    assert rome.read(kind.ADDRESS) == 0x6_0000
 
 
 def test_hwcr_keeps_bits_that_have_no_name_here(
@@ -187,3 +191,10 @@ def test_top_of_memory_is_a_multiple_of_8_mib_below_the_width(
     assert rome.read(kind.ADDRESS) == 0x8000_0000
     assert "reserved" in refused(rome, kind.ADDRESS, 0x8000_0000 | 1 << 22)
     assert "reserved" in refused(rome, kind.ADDRESS, 1 << 48)  # Rome has 48 bits
+
+
+def test_the_hosts_save_area_is_a_page_below_the_width(rome: MsrFile) -> None:
+    rome.write(VmHsavePa.ADDRESS, 0x1234_5000)
+    assert rome.read(VmHsavePa.ADDRESS) == 0x1234_5000
+    assert "reserved" in refused(rome, VmHsavePa.ADDRESS, 0x1234_5800)
+    assert "reserved" in refused(rome, VmHsavePa.ADDRESS, 1 << 48)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cbit.hw.cpuid import CpuModel
 from cbit.hw.faults import GeneralProtection
 from cbit.hw.models import load_model, model_names
 from cbit.hw.msr import MsrFile, RmpBase, RmpEnd, Syscfg, choices
@@ -155,6 +156,20 @@ def test_a_guest_reads_0_and_its_writes_are_dropped(
     assert "reserved" in refused(msrs, SMEE)
 
 
+@pytest.mark.req("CM-56", "BZ-7")
+def test_a_guest_that_sees_the_leaf_still_reads_0() -> None:
+    # A hypervisor may show the host's leaf 8000_001F.
+    milan = load_model("milan")
+    first = milan.table.leaf(1)
+    shown = milan.table.replace({(1, 0): first._replace(ecx=first.ecx | 1 << 31)})
+    guest = MsrFile(CpuModel("guest", "test", shown))
+    assert guest.model.memory_encryption.usable
+    assert guest.read(SYSCFG) == 0
+    for value in (SMEE, SNP_EN):
+        guest.write(SYSCFG, value)
+        assert guest.read(SYSCFG) == 0
+
+
 @pytest.mark.req("CM-35")
 def test_the_rmps_bounds_are_fixed_once_snp_is_on(
     monkeypatch: pytest.MonkeyPatch,
@@ -173,6 +188,11 @@ def test_the_rmps_bounds_are_fixed_once_snp_is_on(
     msrs.write(RmpBase.ADDRESS, 0x2000_0000)
 
 
-def test_an_rmp_that_is_not_8_kib_aligned_faults() -> None:
+def test_an_rmp_that_is_not_8_kib_aligned_or_beyond_the_width_faults() -> None:
     with pytest.raises(GeneralProtection, match="bits 0x1000 are reserved"):
         core().write(RmpBase.ADDRESS, 0x1000_1000)
+    for index in (RmpBase.ADDRESS, RmpEnd.ADDRESS):  # Milan has 48 address bits
+        with pytest.raises(
+            GeneralProtection, match="bits 0x1000000000000 are reserved"
+        ):
+            core("milan").write(index, 1 << 48)

@@ -347,7 +347,7 @@ def test_the_witness_finds_a_page_through_four_levels() -> None:
     [
         ({"pml4": 0x1006}, Fault(0x02, "PML4", 0x1006)),
         ({"pml4": 0x1087}, Fault(0x0B, "PML4", 0x1087)),  # PS in the PML4
-        ({"pdpt": 0x2085}, Fault(0x03, "PDPT", 0x2085)),  # 1 GiB, read-only
+        ({"pdpt": 0x0085}, Fault(0x03, "PDPT", 0x0085)),  # 1 GiB, read-only
         ({"pdpt": 0x4087}, Fault(0x0B, "PDPT", 0x4087)),  # 1 GiB, bit 14
         ({"pd": 0x10_0087}, Fault(0x0B, "PD", 0x10_0087)),  # 2 MiB, bit 20
         ({"pt": 0x800_0000_0007}, Fault(0x0B, "PT", 0x800_0000_0007)),  # bit 43
@@ -357,9 +357,8 @@ def test_the_witness_finds_a_page_through_four_levels() -> None:
 def test_the_witness_names_the_entry_that_refuses_a_store(
     changes: dict[str, int], fault: Fault
 ) -> None:
-    assert Witness(NAPLES, tables_1234(**changes)).walk(
-        0x5000, VA_1234, write=True
-    ) == (fault)
+    witness = Witness(NAPLES, tables_1234(**changes))
+    assert witness.walk(0x5000, VA_1234, write=True) == fault
 
 
 def test_the_witness_splits_an_address_into_five_indices() -> None:

@@ -1,8 +1,8 @@
 """BZ-1: the C-bit is not taken out of an entry before it is used as an address.
 
 An entry of an encrypted table names the table below it and carries the C-bit. Code
-that masks with 000F_FFFF_FFFF_F000, as every manual of the time before says, goes on
-to an address of 128 TiB or 2 PiB.
+that takes bits 51:12, the address field as manuals draw it, goes on to an address of
+128 TiB or 2 PiB.
 
 Seen in project-oak/oak PR 3374 (mended for bit 51 alone), tianocore/edk2 PR 11546 (#PF
 at boot), rust-osdev/x86_64 issue 511, misc0110/PTEditor issue 49 (bit 47).

@@ -47,9 +47,10 @@ def offered(cpu: Cpu) -> int:
 
 def active(cpu: Cpu) -> int:
     """Right: offered, on bare metal, and switched on."""
-    if cpu.cpuid(1).ecx & 1 << 31 or not cpu.rdmsr(SYSCFG) & 1 << 23:
+    mask = offered(cpu)
+    if not mask or cpu.cpuid(1).ecx & 1 << 31 or not cpu.rdmsr(SYSCFG) & 1 << 23:
         return 0
-    return offered(cpu)
+    return mask
 
 
 def check(c_mask: Callable[[Cpu], int], model: CpuModel | str, *, smee: bool) -> str:
