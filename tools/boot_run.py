@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,10 @@ class RangeDigests:
 
 @dataclass
 class BootRun:
-    """A machine, what was loaded, and what came of it."""
+    """A machine, what was loaded, and what came of it.
+
+    `image` has no segments any more once they are loaded.
+    """
 
     request: BootRequest
     model: CpuModel
@@ -201,6 +204,8 @@ def boot(run: BootRun) -> None:
         rng_seed=RandomSource(request.seed).draw(32),
     )
     run.kernel, run.initrd = _ranges(image, hand_over)
+    # The bytes are in memory now: a file of 50 MB need not be there twice.
+    run.image = image = replace(image, segments=())
     run.booted = startup(machine.cpu, hand_over, run.log, partial(_observe, run))
     run.seconds = time.perf_counter() - started
 

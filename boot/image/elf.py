@@ -63,12 +63,14 @@ def read_vmlinux(
         raise source.error(
             0x18, f"entry {entry:#x}; expected a physical address in a segment"
         )
+    layout = find_layout(source, _sections(source, elf), segments)
+    elf.close()
     return KernelImage(
         name=name or source.name,
         kind=kind,
         segments=segments,
         entry=PhysAddr(entry),
-        layout=find_layout(source, _sections(source, elf), segments),
+        layout=layout,
         setup_header=setup_header,
         version=version,
         compression=compression,

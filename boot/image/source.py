@@ -79,6 +79,11 @@ class SourceStream(io.RawIOBase):
         self._data = source.data
         self._position = 0
 
+    def close(self) -> None:
+        """Let the bytes go: the library's objects form cycles and live on for a while."""
+        self._data = memoryview(b"")
+        super().close()
+
     def seekable(self) -> bool:
         """Say that `seek` works."""
         return True

@@ -31,9 +31,12 @@ Bytes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.intp]
 
 BATCH_BYTES = 64 * PAGE_SIZE
-"""How much is enciphered at once: buffer and tweaks together stay below 1 MiB."""
+"""How much one thread enciphers at once: buffers and tweaks stay in its L2 cache."""
 
-SHARED_JOB_BYTES = 16 * BATCH_BYTES
+SHARED_BATCH_BYTES = 256 * PAGE_SIZE
+"""The same for two threads: longer, as they meet at the interpreter lock in between."""
+
+SHARED_JOB_BYTES = 4 * SHARED_BATCH_BYTES
 """Jobs from this size up are worth waking a second thread for."""
 
 THREADS = min(2, os.cpu_count() or 1)
@@ -44,9 +47,9 @@ class _Workspace(threading.local):
 
     def __init__(self, key: bytes) -> None:
         # One more block than the data: OpenSSL's EVP asks for it.
-        self.output: Bytes = np.empty(BATCH_BYTES + BLOCK_SIZE, np.uint8)
-        self.input: Words = np.empty(BATCH_BYTES // 8, np.uint64)
-        self.tweaks: Words = np.empty(BATCH_BYTES // 8, np.uint64)
+        self.output: Bytes = np.empty(SHARED_BATCH_BYTES + BLOCK_SIZE, np.uint8)
+        self.input: Words = np.empty(SHARED_BATCH_BYTES // 8, np.uint64)
+        self.tweaks: Words = np.empty(SHARED_BATCH_BYTES // 8, np.uint64)
         cipher = Cipher(AES(key), modes.ECB())
         self.encryptor: CipherContext = cipher.encryptor()
         self.decryptor: CipherContext = cipher.decryptor()
@@ -69,7 +72,8 @@ class MemoryCipher:
         # makes one long XOR of what would be many short ones.
         self._offsets: dict[int, Words] = {
             unit: np.tile(
-                tweaks.of_offsets[: unit // BLOCK_SIZE].reshape(-1), BATCH_BYTES // unit
+                tweaks.of_offsets[: unit // BLOCK_SIZE].reshape(-1),
+                SHARED_BATCH_BYTES // unit,
             )
             for unit in (PAGE_SIZE, CACHE_LINE_SIZE)
         }
@@ -108,15 +112,16 @@ class MemoryCipher:
     ) -> None:
         unit_size = source.shape[1]
         assert unit_size in (PAGE_SIZE, CACHE_LINE_SIZE)
-        per_batch = BATCH_BYTES // unit_size
+        tweaks = self._tweaks.of_many(units.astype(np.uint64) * np.uint64(unit_size))
         shares = THREADS if units.size * unit_size >= SHARED_JOB_BYTES else 1
+        per_batch = (BATCH_BYTES if shares == 1 else SHARED_BATCH_BYTES) // unit_size
         # Shares are whole batches, so that threads do not split one.
         share = -(-units.size // (shares * per_batch)) * per_batch
 
         def work(start: int) -> None:
             for i in range(start, min(start + share, units.size), per_batch):
-                batch = units[i : min(i + per_batch, start + share)]
-                self._batch(batch, source, target, encrypt)
+                batch = slice(i, min(i + per_batch, start + share))
+                self._batch(units[batch], tweaks[batch], source, target, encrypt)
 
         others: list[Future[None]] = [
             _second_thread().submit(work, n * share) for n in range(1, shares)
@@ -125,7 +130,14 @@ class MemoryCipher:
         for other in others:
             other.result()
 
-    def _batch(self, units: Index, source: Bytes, target: Bytes, encrypt: bool) -> None:
+    def _batch(
+        self,
+        units: Index,
+        unit_tweaks: Words,
+        source: Bytes,
+        target: Bytes,
+        encrypt: bool,
+    ) -> None:
         space = self._workspace
         count, unit_size = units.size, source.shape[1]
         length = count * unit_size
@@ -134,7 +146,8 @@ class MemoryCipher:
             count == 1 or bool((np.diff(units) == 1).all())
         )
 
-        tweaks = self._tweaks_into(space.tweaks[: length // 8], units, unit_size)
+        tweaks = space.tweaks[: length // 8]
+        self._spread_tweaks(unit_tweaks, unit_size, tweaks)
         data = space.input[: length // 8]
         if contiguous:
             plain = source[first : first + count].reshape(-1).view(np.uint64)
@@ -169,15 +182,12 @@ class MemoryCipher:
         elif rows is not data:
             data[:] = rows
 
-    def _tweaks_into(self, out: Words, units: Index, unit_size: int) -> Words:
-        """Fill `out` with T of every block of the units; return it."""
-        addresses = units.astype(np.uint64) * np.uint64(unit_size)
-        blocks = unit_size // BLOCK_SIZE
+    def _spread_tweaks(self, unit_tweaks: Words, unit_size: int, out: Words) -> None:
+        """Fill `out` with T of every block: T of its unit ^ T of its offset."""
         # 16-byte items copy fastest as complex numbers; their bits are not looked at.
-        spread = out.view(np.complex128).reshape(units.size, blocks)
-        spread[...] = self._tweaks.of_many(addresses).view(np.complex128)
+        spread = out.view(np.complex128).reshape(-1, unit_size // BLOCK_SIZE)
+        spread[...] = unit_tweaks.view(np.complex128)
         np.bitwise_xor(out, self._offsets[unit_size][: out.size], out=out)
-        return out
 
     def _few_blocks(self, address: int, data: bytes, *, encrypt: bool) -> bytes:
         if address % BLOCK_SIZE or len(data) % BLOCK_SIZE:

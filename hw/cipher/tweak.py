@@ -28,6 +28,9 @@ BLOCK_SIZE = 16
 FIRST_BIT = 4
 """Bits 0 to 3 lie inside a block and take no part. Source: [SVR] III-A."""
 
+DIGIT_BITS = 12
+DIGIT_MASK = (1 << DIGIT_BITS) - 1
+
 LAST_BIT = 51
 """Architectural end of a physical address; the C-bit is stripped before."""
 
@@ -65,10 +68,12 @@ class Tweaks:
         self.end_bit = FIRST_BIT + len(constants)
         self._constants = [np.frombuffer(c, np.uint64) for c in constants]
         offsets = np.arange(PAGE_SIZE // BLOCK_SIZE, dtype=np.uint64) * BLOCK_SIZE
-        self.of_offsets: Words = self._by_bits(offsets, FIRST_BIT)
+        self.of_offsets: Words = self._by_bits(offsets, 0)
         """T of the 256 block offsets in a page, shape (256, 2)."""
-        # One table of 256 rows for every byte of the address: T of many by look-up.
-        self._by_byte = [self._byte_table(low) for low in range(0, self.end_bit, 8)]
+        # T of many addresses by look-up: one table for every 12 bits of the address.
+        self._by_digit = [
+            self._digit_table(low) for low in range(0, self.end_bit, DIGIT_BITS)
+        ]
 
     def of(self, address: int) -> bytes:
         """Return T(address), 16 bytes.
@@ -90,18 +95,22 @@ class Tweaks:
                 f"{self.end_bit} and up"
             )
         tweaks = np.zeros((addresses.size, 2), np.uint64)
-        for index, table in enumerate(self._by_byte):
-            byte = addresses >> np.uint64(8 * index) & np.uint64(0xFF)
-            tweaks ^= table[byte]
+        used = int(np.bitwise_or.reduce(addresses))
+        for index, table in enumerate(self._by_digit):
+            low_bit = index * DIGIT_BITS
+            if used >> low_bit & DIGIT_MASK:
+                digit = addresses >> np.uint64(low_bit) & np.uint64(DIGIT_MASK)
+                tweaks ^= np.take(table, digit.astype(np.intp), axis=0)
         return tweaks
 
-    def _byte_table(self, low_bit: int) -> Words:
-        values = np.arange(256, dtype=np.uint64) << np.uint64(low_bit)
+    def _digit_table(self, low_bit: int) -> Words:
+        values = np.arange(1 << DIGIT_BITS, dtype=np.uint64) << np.uint64(low_bit)
         return self._by_bits(values, low_bit)
 
     def _by_bits(self, addresses: Words, low_bit: int) -> Words:
         tweaks = np.zeros((addresses.size, 2), np.uint64)
-        for bit in range(max(low_bit, FIRST_BIT), self.end_bit):
+        last = min(low_bit + DIGIT_BITS, self.end_bit)
+        for bit in range(max(low_bit, FIRST_BIT), last):
             chosen = (addresses >> np.uint64(bit) & np.uint64(1)).astype(np.bool_)
             tweaks[chosen] ^= self._constants[bit - FIRST_BIT]
         return tweaks

@@ -333,9 +333,7 @@ class Cpu:
     def fill(self, va: VirtAddr | int, value: int, length: int) -> None:
         """REP STOSB: store `length` copies of a byte."""
         for run in self._runs(va, length, _WRITE):
-            view = self._bus.claim_ram(
-                run.pa, run.length, run.slot, write=True, overwrite=True
-            )
+            view = self._bus.claim_ram(run.pa, run.length, run.slot)
             if view is None:
                 self._bus.store(run.pa, bytes([value]) * run.length, run.slot)
             else:
@@ -380,7 +378,7 @@ class Cpu:
             pa = va & -PAGE_SIZE
             slot = self._controller.slot_for(False)
             return Translation(pa, slot, 7, 32, int(Entry.A | Entry.D))
-        if not (va < walker.low_end or va >= walker.high_start):
+        if not (0 <= va < walker.low_end or walker.high_start <= va < 1 << 64):
             raise GeneralProtection(
                 f"address {va:#x} is not canonical with {walker.format.name} paging"
             )
@@ -400,6 +398,9 @@ class Cpu:
         except PageFault as fault:
             found = self._walk_after(fault, va, access)
         self._tlb.insert(page, found)
+        # Views show the frame of the translation that this one takes the place of.
+        self._load_views.pop(page, None)
+        self._store_views.pop(page, None)
         return found
 
     def _walk_after(self, fault: PageFault, va: int, access: int) -> Translation:
@@ -488,12 +489,12 @@ class Cpu:
                 data = self._bus.load(run.pa + done, size, run.slot)
                 self._bus.store(into + done, data, slot)
             return
-        source = self._bus.claim_ram(run.pa, run.length, run.slot, write=False)
+        source = self._bus.stream_ram(run.pa, run.length, run.slot)
         if source is None or _share_a_page(into, run):
             data = self._bus.load(run.pa, run.length, run.slot)
             self._bus.store(into, data, slot)
             return
-        target = self._bus.claim_ram(into, run.length, slot, write=True, overwrite=True)
+        target = self._bus.claim_ram(into, run.length, slot)
         if target is None:
             self._bus.store(into, source.tobytes(), slot)
         else:

@@ -90,17 +90,29 @@ class MemoryBus:
         if region.kind is RegionKind.MMIO:
             region.device.write(pa - region.start, bytes(data))
 
-    def claim_ram(
-        self, pa: int, length: int, slot: int, *, write: bool, overwrite: bool = False
-    ) -> Bytes | None:
-        """Return a live view of RAM for a bulk access, or None if it is not all RAM.
+    def claim_ram(self, pa: int, length: int, slot: int) -> Bytes | None:
+        """Return a live view for a store of every byte; None if it is not all RAM.
 
-        Arguments as `CacheHierarchy.claim`.
+        Raises:
+            NothingThere: outside the memory map.
         """
-        region, run = self._route(pa, length)
-        if region.kind is not RegionKind.RAM or run < length:
+        if not self._all_ram(pa, length):
             return None
-        return self._caches.claim(slot, pa, length, write=write, overwrite=overwrite)
+        return self._caches.claim(slot, pa, length, write=True, overwrite=True)
+
+    def stream_ram(self, pa: int, length: int, slot: int) -> Bytes | None:
+        """Return a live view for one read of every byte; None if it is not all RAM.
+
+        Raises:
+            NothingThere: outside the memory map.
+        """
+        if not self._all_ram(pa, length):
+            return None
+        return self._caches.stream(slot, pa, length)
+
+    def _all_ram(self, pa: int, length: int) -> bool:
+        region, run = self._route(pa, length)
+        return region.kind is RegionKind.RAM and run == length
 
     def _route(self, pa: int, length: int) -> tuple[Region, int]:
         """Return the region at `pa` and how many of the bytes lie in it."""

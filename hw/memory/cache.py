@@ -24,12 +24,28 @@ from enum import Enum
 import numpy as np
 
 from ..trace import Trace
-from ..types import CACHE_LINE_SIZE, LINES_PER_PAGE, PAGE_SHIFT, PAGE_SIZE, PhysAddr
+from ..types import (
+    CACHE_LINE_SIZE,
+    LINES_PER_PAGE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PhysAddr,
+    align_up,
+)
 from .controller import SLOT_NONE, MemoryController
 from .dram import Dram
 from .hazard import Hazard, HazardError
-from .line_store import ALL, ALL_LINES, Index, LineStore, Words, masks_to_lines, runs
-from .sparse import Bytes
+from .line_store import (
+    ALL,
+    ALL_LINES,
+    PAGES_PER_RELEASE,
+    Index,
+    LineStore,
+    Words,
+    masks_to_lines,
+    runs,
+)
+from .sparse import Bytes, SparseMemory
 
 
 STRETCH_PAGES = 2048
@@ -97,6 +113,9 @@ class CacheHierarchy:
         # The tag that touched a page last, plus 1; on coherent parts its only owner.
         self._owner = np.zeros(dram.size >> PAGE_SHIFT, np.uint16)
         self._owner_word = self._owner.data
+        # Incoherent parts: by line, the tag that stored to it last.
+        marks = SparseMemory(align_up(dram.size // CACHE_LINE_SIZE * 2, PAGE_SIZE))
+        self._last_writer = marks.cells.view(np.uint16)
         self.readable: dict[int, memoryview] = {}
         self._view_holders: list[Callable[[], None]] = []
 
@@ -134,7 +153,34 @@ class CacheHierarchy:
             self._claim_page(store, first, start, end, write, overwrite)
         else:
             self._claim_run(store, first, start, end, write, overwrite)
+        if write and not self.coherent:
+            end_line = -(-(pa + length) // CACHE_LINE_SIZE)
+            self._last_writer[pa // CACHE_LINE_SIZE : end_line] = slot
         return store.data.cells[pa : pa + length]
+
+    def stream(self, slot: int, pa: int, length: int) -> Bytes:
+        """Return bytes for one long read, as `claim`, cached only where they must be.
+
+        Plain bytes that no cache holds are shown where they lie, in DRAM: long reads
+        do not stay cached on silicon either.
+        """
+        store = self._store(slot)
+        first = pa >> PAGE_SHIFT
+        end = (pa + length - 1 >> PAGE_SHIFT) + 1
+        if (
+            slot != SLOT_NONE
+            or end - first < PAGES_PER_RELEASE
+            or store.valid[first:end].any()
+        ):
+            return self.claim(slot, pa, length)
+        if (self._owner[first:end] != slot + 1).any():
+            self._change_hands(store, first, end)
+        if not self.coherent:
+            touched = np.full(end - first, ALL)
+            touched[0] = line_mask(pa % PAGE_SIZE, PAGE_SIZE)
+            touched[-1] = line_mask(0, pa + length - (end - 1 << PAGE_SHIFT))
+            self._check_hazards(store, first, touched, touched, write=False)
+        return self._dram.cells[pa : pa + length]
 
     def page_view(self, slot: int, page: int, *, write: bool) -> memoryview | None:
         """Return a page's 4096 bytes if plain accesses need no bookkeeping now.
@@ -239,10 +285,13 @@ class CacheHierarchy:
     def evict(self, share: float = 0.5) -> None:
         """Write back and drop a drawn share of the cached pages, tag by tag.
 
-        What capacity does to a cache at a moment nobody chose.
+        What capacity does to a cache at a moment nobody chose; which tag comes first
+        is drawn, too.
         """
         self._drop_views()
-        for store in list(self._stores.values()):
+        stores = list(self._stores.values())
+        self._random.shuffle(stores)
+        for store in stores:
             pages = store.pages_with(store.valid)
             chosen = np.array(
                 [page for page in pages.tolist() if self._random.random() < share],
@@ -399,7 +448,7 @@ class CacheHierarchy:
             else:
                 engine = self._controller.engine(store.slot)
                 engine.encrypt_units(units, lines, cells)
-        for first, end in runs(pages):
+        for first, end in runs(pages[masks != 0]):
             self._dram.mark_written(first, end, store.slot)
 
     def _contested_lines(
@@ -428,25 +477,22 @@ class CacheHierarchy:
         for other in self._stores.values():
             if other is store:
                 continue
-            alias = other.dirty[first:end] & touched
-            if alias.any():
-                self._report("dirty-alias", store, other.slot, first, alias, write)
-        stale = store.stale[first:end] & touched & used
-        if stale.any():
-            writers = [slot for slot in self._stores if slot != store.slot]
-            self._report("stale-line", store, writers[0], first, stale, write)
+            alias = _lines_from(first, other.dirty[first:end] & touched)
+            self._report("dirty-alias", store, other.slot, alias, write)
+        stale = _lines_from(first, store.stale[first:end] & touched & used)
+        writers = self._last_writer[stale]
+        for writer in np.unique(writers).tolist():
+            self._report("stale-line", store, writer, stale[writers == writer], write)
 
     def _report(
         self,
         kind: str,
         store: LineStore,
         other_slot: int,
-        first: int,
-        masks: Words,
+        lines: Index,
         write: bool,
     ) -> None:
-        pages = np.flatnonzero(masks)
-        for start, end in runs(masks_to_lines(pages + first, masks[pages])):
+        for start, end in runs(lines):
             hazard = Hazard(
                 kind,
                 PhysAddr(start * CACHE_LINE_SIZE),
@@ -481,6 +527,12 @@ class CacheHierarchy:
         self.readable.clear()
         for drop in self._view_holders:
             drop()
+
+
+def _lines_from(first: int, masks: Words) -> Index:
+    """Return the lines that the masks of the pages from `first` on name."""
+    pages = np.flatnonzero(masks)
+    return masks_to_lines(pages + first, masks[pages])
 
 
 def _lines(pages: Index, masks: Words, chosen: np.ndarray) -> Index:

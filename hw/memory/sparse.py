@@ -45,17 +45,22 @@ class SparseMemory:
         """
         first = -(-first_page // PAGES_PER_REGION)
         end = end_page // PAGES_PER_REGION
-        if first >= end or self._advised[first:end].all():
-            return
-        self._advised[first:end] = True
-        self._map.madvise(
-            mmap.MADV_HUGEPAGE, first * LARGE_PAGE_SIZE, (end - first) * LARGE_PAGE_SIZE
-        )
+        if first < end and not self._advised[first:end].all():
+            self._advise(mmap.MADV_HUGEPAGE, first, end)
 
     def release(self, first_page: int, end_page: int) -> None:
         """Give the pages back to the host; they read as zeros again."""
-        self._map.madvise(
-            mmap.MADV_DONTNEED,
-            first_page * PAGE_SIZE,
-            (end_page - first_page) * PAGE_SIZE,
-        )
+        start, end = first_page * PAGE_SIZE, end_page * PAGE_SIZE
+        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+        first = first_page // PAGES_PER_REGION
+        last = -(-end_page // PAGES_PER_REGION)
+        if self._advised[first:last].any():
+            # Or a single byte touched later would bring 2 MiB back.
+            self._advise(mmap.MADV_NOHUGEPAGE, first, last)
+
+    def _advise(self, advice: int, first: int, end: int) -> None:
+        """Advise about 2 MiB regions [first, end)."""
+        self._advised[first:end] = advice == mmap.MADV_HUGEPAGE
+        start = first * LARGE_PAGE_SIZE
+        length = min(end * LARGE_PAGE_SIZE, self.size) - start
+        self._map.madvise(advice, start, length)

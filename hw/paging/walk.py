@@ -256,7 +256,7 @@ class PageWalker:
         Args:
             root: CR3.
             va: an address in the first page.
-            first: its translation, a 4 KiB leaf just walked for the same access.
+            first: its translation, a 4 KiB leaf that allows the same access.
             access: bits of `Access`.
             limit: most pages to look at, 1 or more.
 
@@ -266,10 +266,19 @@ class PageWalker:
         index = va >> PAGE_SHIFT & INDEX_MASK
         limit = min(limit, INDEX_MASK + 1 - index)
         key = root & self._key_mask
-        for shift, _, _ in self._loop[:-1]:
-            key = self._read_entry(key, va >> shift & INDEX_MASK) & self._key_mask
+        granted = _RW_AND_US
+        for shift, watched, _ in self._loop[:-1]:
+            entry = self._read_entry(key, va >> shift & INDEX_MASK)
+            if entry & watched != _P_AND_A:
+                return 1
+            granted &= entry
+            key = entry & self._key_mask
         table = self._tables.get(key)
-        if table is None:
+        # `first` may be kept from before the tables changed: then nothing follows.
+        if table is None or table[index] != first.entry:
+            return 1
+        rights = (granted & first.entry) >> 1 | first.rights & EXECUTABLE
+        if rights | access << 3 in self.refused:
             return 1
         entries = np.frombuffer(table, np.uint64)[index : index + limit]
         needed = np.uint64(_A | _D if access & WRITE else _A)

@@ -1,6 +1,7 @@
 """A machine in long mode with a stretch of plain and one of encrypted pages."""
 
 import numpy as np
+
 from cbit.boot.loader import enter_long_mode
 from cbit.hw.machine import Machine
 

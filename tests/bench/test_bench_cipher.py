@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cbit.hw.cipher import PROFILES, MemoryCipher, Tweaks
-from cbit.hw.machine import Machine
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
+
+from cbit.hw.cipher import PROFILES, MemoryCipher, Tweaks
+from cbit.hw.machine import Machine
 
 from .conftest import Ratios
 from .pages import C_BASE, PLAIN_BASE, machine_with_pages

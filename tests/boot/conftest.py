@@ -43,7 +43,7 @@ cached_model = cache(load_model)
 cached_builtin = cache(builtin_image)
 
 
-class Enough(Exception):  # noqa: N818 - not an error
+class Enough(Exception):
     """Ends a boot at the stage that a test wants to look at."""
 
 

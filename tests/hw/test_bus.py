@@ -195,21 +195,33 @@ def test_what_came_before_the_end_of_memory_was_stored(bus: MemoryBus) -> None:
 @pytest.mark.parametrize(
     ("pa", "length"), [(0x5000, 8), (0x6000, 8), (0x4FFF, 2), (0x6FFF, 2)]
 )
-def test_only_ram_can_be_claimed(bus: MemoryBus, pa: int, length: int) -> None:
-    assert bus.claim_ram(pa, length, SLOT_NONE, write=False) is None
-    assert bus.claim_ram(pa, length, SLOT_HOST, write=True, overwrite=True) is None
+def test_only_ram_is_given_out_in_bulk(bus: MemoryBus, pa: int, length: int) -> None:
+    for slot in (SLOT_NONE, SLOT_HOST):
+        assert bus.claim_ram(pa, length, slot) is None
+        assert bus.stream_ram(pa, length, slot) is None
 
 
-def test_claimed_ram_is_live(bus: MemoryBus) -> None:
-    view = bus.claim_ram(0x1800, 0x2000, SLOT_HOST, write=True)
+def test_claimed_ram_is_live_and_dirty(board: Board) -> None:
+    view = board.bus.claim_ram(0x1800, 0x2000, SLOT_NONE)
     assert view is not None
     view[:] = 0x5A
-    assert bus.load(0x17FF, 0x2001, SLOT_HOST)[1:] == b"\x5a" * 0x2000
+    assert board.bus.load(0x17FF, 0x2002, SLOT_NONE) == b"\0" + b"\x5a" * 0x2000 + b"\0"
+    board.caches.drain()
+    assert board.dram.cells[0x1800:0x3800].tobytes() == b"\x5a" * 0x2000
 
 
-def test_claiming_where_nobody_answers_names_the_address(bus: MemoryBus) -> None:
-    with pytest.raises(NothingThere, match="physical address 0x9000"):
-        bus.claim_ram(0x9000, 8, SLOT_NONE, write=False)
+@pytest.mark.parametrize("slot", [SLOT_NONE, SLOT_HOST])
+def test_streamed_ram_shows_what_was_stored(board: Board, slot: int) -> None:
+    board.bus.store(0x1234, b"read me once", slot)
+    view = board.bus.stream_ram(0x1234, 12, slot)
+    assert view is not None
+    assert view.tobytes() == b"read me once"
+
+
+def test_bulk_access_where_nobody_answers_names_the_address(bus: MemoryBus) -> None:
+    for access in (bus.claim_ram, bus.stream_ram):
+        with pytest.raises(NothingThere, match="physical address 0x9000"):
+            access(0x9000, 8, SLOT_NONE)
 
 
 def test_rom_and_devices_never_get_a_page_view(board: Board) -> None:
