@@ -47,7 +47,8 @@ class Machine:
         tsme: transparent SME is on.
 
     Raises:
-        CallerError: an unknown model, profile, policy, or a RAM size that cannot be.
+        CallerError: an unknown model, profile or policy, no core, or a RAM size that
+            cannot be.
     """
 
     def __init__(
@@ -75,13 +76,15 @@ class Machine:
         width = self.model.phys_bits
         if encryption.usable:  # elsewhere the reduction may be nonsense as well
             width = encryption.phys_bits_with_sme
-        if ram > 1 << width:
-            raise CallerError(
-                f"RAM of {ram:#x} bytes: {self.model.name} addresses {width} bits once "
-                "SME has taken its share"
-            )
-        self.trace = Trace()
         self.map = MemoryMap.pc(ram)
+        if self.map.ram_end > 1 << width:
+            raise CallerError(
+                f"RAM up to {self.map.ram_end:#x}: {self.model.name} addresses {width} "
+                "bits once SME has taken its share"
+            )
+        if cores < 1:
+            raise CallerError(f"{cores} cores: 1 or more expected")
+        self.trace = Trace()
         self.dram = Dram(self.map.ram_end)
         self.controller = MemoryController(transparent=tsme)
         self.caches = CacheHierarchy(
@@ -142,7 +145,8 @@ class Machine:
         """
         if not 0 <= pa <= pa + length <= self.dram.size:
             raise CallerError(
-                f"[{pa:#x}, {pa + length:#x}) is outside DRAM of {self.dram.size:#x} bytes"
+                f"[{pa:#x}, {pa + length:#x}) is outside DRAM of "
+                f"{self.dram.size:#x} bytes"
             )
         return self.dram.cells[pa : pa + length].tobytes()
 

@@ -192,7 +192,7 @@ class MemoryCipher:
     def _few_blocks(self, address: int, data: bytes, *, encrypt: bool) -> bytes:
         if address % BLOCK_SIZE or len(data) % BLOCK_SIZE:
             raise CallerError(
-                f"{len(data)} bytes at {address:#x}: whole aligned 16-byte blocks expected"
+                f"{len(data)} bytes at {address:#x}: whole 16-byte blocks expected"
             )
         numbers = np.arange(len(data) // BLOCK_SIZE, dtype=np.uint64)
         blocks = np.uint64(address) + numbers * np.uint64(BLOCK_SIZE)

@@ -34,13 +34,13 @@ DIGIT_MASK = (1 << DIGIT_BITS) - 1
 LAST_BIT = 51
 """Architectural end of a physical address; the C-bit is stripped before."""
 
-ZEN1_PATTERNS = (
+ZEN1_PATTERNS = bytes.fromhex(
     "82253838 ec09079c 40000018 8102a23a 77d91077 b010b2c0 536d544d "  # 4-10
     "1568ee53 b09230c2 9670ff8e 361b90d5 0400c236 e8182985 bd31f92a "  # 11-17
     "a50d3744 f431d84c 02043181 b37132a1 508ac06c 168a8020 7f9bc007 "  # 18-24
     "00db0407 7f000404 70fa01be bb3d2890 bd2dd526 1c5d6ce2 4f5ce727"  # 25-31
-).split()
-"""Four bytes in memory order, repeated four times, for address bits 4 to 31."""
+)
+"""Four bytes each, in memory order, repeated four times, for address bits 4 to 31."""
 
 
 def zen1_constants() -> list[bytes]:
@@ -49,7 +49,8 @@ def zen1_constants() -> list[bytes]:
     Bits 32 and up are a choice, made with the same 4-byte period: the first four
     bytes of SHA-256("cbit zen1 tweak bit N").
     """
-    constants = [bytes.fromhex(pattern) * 4 for pattern in ZEN1_PATTERNS]
+    patterns = ZEN1_PATTERNS
+    constants = [patterns[i : i + 4] * 4 for i in range(0, len(patterns), 4)]
     for bit in range(FIRST_BIT + len(constants), LAST_BIT + 1):
         digest = hashlib.sha256(f"cbit zen1 tweak bit {bit}".encode()).digest()
         constants.append(digest[:4] * 4)

@@ -1,15 +1,9 @@
-"""One core: what instructions can do to memory, control registers and MSRs.
-
-A load or store goes through three stages, each skipped where the one before it has
-the answer: a view of the page (nothing to check, nothing to account), the TLB, the
-page walk. Views are dropped whenever the mode, the TLB or the cache's tags change.
-"""
+"""One core: what instructions can do to memory, control registers and MSRs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from struct import Struct
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,31 +11,26 @@ import numpy.typing as npt
 from ..cpuid import CpuidLeaf, CpuModel
 from ..errors import CallerError, CbitError
 from ..faults import CpuException, GeneralProtection, PageFault
-from ..memory import CacheHierarchy, MemoryBus, MemoryController
-from ..msr import Efer, MsrFile, Syscfg
+from ..memory import CacheHierarchy, MemoryBus, MemoryController, slot_of_asid
+from ..msr import Efer, MsrFile, Syscfg, VmPageFlush
 from ..paging import (
     LONG_4_LEVEL,
     LONG_5_LEVEL,
     Access,
     AddressRules,
-    Entry,
-    PageWalker,
     Protection,
-    Tlb,
     Translation,
 )
 from ..trace import Trace
 from ..types import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, VirtAddr
 from .control import Cr0, Cr3, Cr4, check_cr0, check_cr3, check_cr4
+from .mmu import Mmu, Run
 
 ExceptionHandler = Callable[["Cpu", CpuException], bool]
 """Called with the fault; True means the cause is gone and the access is retried."""
 
 RESET_CR0 = 0x6000_0010
 """CD, NW and ET. Source: [APM2] Table 14-1."""
-
-MAX_RETRIES = 16
-"""A handler that claims success this often for one access has not cured it."""
 
 MOVE_SIZE = 8
 """Bytes that REP MOVS moves at a time where source and target are one frame."""
@@ -52,20 +41,11 @@ _pack_u64 = _U64.pack_into
 
 _READ = int(Access.READ)
 _WRITE = int(Access.WRITE)
-_USER = int(Access.USER)
 _FETCH = int(Access.FETCH)
 
 
-class UnmodelledMode(CbitError):  # noqa: N818 - names a mode, reads as one
+class UnmodelledMode(CbitError):
     """Paging outside long mode: 32-bit and legacy PAE tables are not modelled."""
-
-
-class Run(NamedTuple):
-    """A physically contiguous part of a virtual range, under one tag."""
-
-    pa: int
-    length: int
-    slot: int
 
 
 class Cpu:
@@ -102,13 +82,15 @@ class Cpu:
         self._readable = caches.readable
         self._controller = controller
         self._trace = trace
-        self._tlb = Tlb()
         self._handlers: dict[int, ExceptionHandler] = {}
-        # Virtual page number to its 4096 bytes: accesses that need no stage but this.
-        self._load_views: dict[int, memoryview] = {}
-        self._store_views: dict[int, memoryview] = {}
-        self._walker: PageWalker | None = None
-        caches.hold_views(self._drop_views)
+        self._mmu = Mmu(bus, self._page_fault)
+        # Bound once: the shortest way to a byte is the one taken most.
+        self._load_views, self._store_views = (
+            self._mmu.load_views,
+            self._mmu.store_views,
+        )
+        self._translate, self._runs = self._mmu.translate, self._mmu.runs
+        caches.hold_views(self._mmu.drop_views)
         msrs.on_write(self._msr_written)
         self.reset()
 
@@ -117,13 +99,15 @@ class Cpu:
         self.cr2 = 0
         self._cr0 = Cr0(RESET_CR0)
         self._cr3 = Cr3(0)
+        self._mmu.root = 0
+        self._mmu.user = False
         self._cr4 = Cr4(0)
         self._cpl = 0
         self._alignment_check = False
         self._handlers.clear()
         self._msrs.reset()
         self._enter_mode()
-        self._flush_tlb(keep_global=False)
+        self._mmu.flush(keep_global=False)
 
     # Identification and registers
 
@@ -193,7 +177,7 @@ class Cpu:
         self._msrs.set(efer.replace(lma=new.paging & efer.lme))
         self._enter_mode()
         if turned:
-            self._flush_tlb(keep_global=False)
+            self._mmu.flush(keep_global=False)
 
     def write_cr3(self, value: int) -> None:
         """MOV to CR3: address of the top table, its C-bit, PCID.
@@ -205,10 +189,11 @@ class Cpu:
             GeneralProtection: bits above the reduced physical width.
         """
         new = Cr3(value)
-        check_cr3(new, self._cr4, self._rules)
+        check_cr3(new, self._cr4, self._mmu.rules)
         self._note_cr(3, value)
         self._cr3 = new.replace(no_flush=0)
-        self._flush_tlb(keep_global=bool(self._cr4.pge))
+        self._mmu.root = self._cr3.value
+        self._mmu.flush(keep_global=bool(self._cr4.pge))
 
     def write_cr4(self, value: int) -> None:
         """MOV to CR4; a change of PGE, PAE, LA57, SMEP or PCIDE flushes the TLB.
@@ -224,7 +209,7 @@ class Cpu:
         self._cr4 = new
         self._enter_mode()
         if changed & _FLUSHING_CR4:
-            self._flush_tlb(keep_global=False)
+            self._mmu.flush(keep_global=False)
 
     @property
     def cpl(self) -> int:
@@ -236,7 +221,8 @@ class Cpu:
         if level not in (0, 3):
             raise CallerError(f"CPL {level}: 0 or 3 expected")
         self._cpl = level
-        self._drop_views()
+        self._mmu.user = level == 3
+        self._mmu.drop_views()
 
     @property
     def alignment_check(self) -> bool:
@@ -284,6 +270,10 @@ class Cpu:
         if view is not None and (offset := va & 0xFFF) <= 0xFF8:
             _pack_u64(view, offset, value)
             return
+        if va & 0xFFF > 0xFF8:
+            # One instruction: a fault on its second page leaves the first untouched.
+            self._translate(va, _WRITE)
+            self._translate(va + 8 & -PAGE_SIZE, _WRITE)
         self._store_slow(va, value.to_bytes(8, "little"))
 
     def load(self, va: VirtAddr | int, length: int) -> bytes:
@@ -343,9 +333,7 @@ class Cpu:
 
     def invlpg(self, va: VirtAddr | int) -> None:
         """INVLPG: drop the translations of the page that holds `va`, global or not."""
-        for page in self._tlb.drop(va >> PAGE_SHIFT):
-            self._load_views.pop(page, None)
-            self._store_views.pop(page, None)
+        self._mmu.invlpg(va)
 
     def wbinvd(self) -> None:
         """WBINVD: write back and empty the caches."""
@@ -358,7 +346,7 @@ class Cpu:
             PageFault: `va` is not mapped for reading.
         """
         for run in self._runs(va, 1, _READ):
-            self._caches.flush_line(run.slot, run.pa)
+            self._bus.flush_line(run.pa, run.slot)
 
     # Translation
 
@@ -369,87 +357,6 @@ class Cpu:
             PageFault, GeneralProtection: as the access would.
         """
         return self._translate(va, _WRITE if write else _READ)
-
-    def _translate(self, va: int, access: int) -> Translation:
-        walker = self._walker
-        if walker is None:
-            if va >> 32:
-                raise GeneralProtection(f"address {va:#x}: 32 bits with paging off")
-            pa = va & -PAGE_SIZE
-            slot = self._controller.slot_for(False)
-            return Translation(pa, slot, 7, 32, int(Entry.A | Entry.D))
-        if not (0 <= va < walker.low_end or walker.high_start <= va < 1 << 64):
-            raise GeneralProtection(
-                f"address {va:#x} is not canonical with {walker.format.name} paging"
-            )
-        if self._cpl:
-            access |= _USER
-        page = va >> PAGE_SHIFT
-        found = self._tlb.entries.get(page)
-        if (
-            found is not None
-            and found.rights | access << 3 not in walker.refused
-            and (not access & _WRITE or found.dirty)
-        ):
-            return found
-        # A refused or clean translation is walked again, as hardware does.
-        try:
-            found = walker.walk(self._cr3.value, va, access)
-        except PageFault as fault:
-            found = self._walk_after(fault, va, access)
-        self._tlb.insert(page, found)
-        # Views show the frame of the translation that this one takes the place of.
-        self._load_views.pop(page, None)
-        self._store_views.pop(page, None)
-        return found
-
-    def _walk_after(self, fault: PageFault, va: int, access: int) -> Translation:
-        """Let the handler cure the fault and walk again."""
-        for _ in range(MAX_RETRIES):
-            self.invlpg(va)
-            self.cr2 = va
-            if self._trace.active:
-                self._trace.emit("page-fault", va=va, code=int(fault.code))
-            handler = self._handlers.get(PageFault.vector)
-            if handler is None or not handler(self, fault):
-                raise fault
-            assert self._walker is not None
-            try:
-                return self._walker.walk(self._cr3.value, va, access)
-            except PageFault as again:
-                fault = again
-        raise CbitError(f"#PF at {va:#x}: still faulting after {MAX_RETRIES} retries")
-
-    def _runs(self, va: int, length: int, access: int) -> Iterator[Run]:
-        """Split [va, va + length) where the frame, the tag or the leaf ends.
-
-        Small pages that map frame after frame come as one run.
-        """
-        while length > 0:
-            leaf = self._translate(va, access)
-            pa = leaf.pa | va & PAGE_OFFSET_MASK
-            size = 1 << leaf.shift
-            step = size - (va & size - 1)
-            if length > step and leaf.shift == PAGE_SHIFT:
-                step += self._more_pages(va, leaf, access, length - step)
-            step = min(length, step)
-            yield Run(pa, step, leaf.slot)
-            va += step
-            length -= step
-
-    def _more_pages(self, va: int, leaf: Translation, access: int, length: int) -> int:
-        """Return how many bytes behind the page of `va` may join its run."""
-        assert self._walker is not None
-        page = va >> PAGE_SHIFT
-        end = page + 1 + (length + PAGE_SIZE - 1 >> PAGE_SHIFT)
-        # What the TLB holds counts, stale or not: the run ends before it.
-        end = self._tlb.first_in(page + 1, min(end, (page | 511) + 1))
-        if end == page + 1:
-            return 0
-        if self._cpl:
-            access |= _USER
-        root = self._cr3.value
-        return self._walker.extend(root, va, leaf, access, end - page) - 1 << PAGE_SHIFT
 
     # The slow paths
 
@@ -484,8 +391,10 @@ class Cpu:
 
     def _copy_run(self, into: int, slot: int, run: Run) -> None:
         if into < run.pa + run.length and run.pa < into + run.length:
-            for done in range(0, run.length, MOVE_SIZE):
-                size = min(MOVE_SIZE, run.length - done)
+            # Closer together, a byte that was stored is a byte to be loaded soon.
+            step = min(into - run.pa, MOVE_SIZE) if into > run.pa else MOVE_SIZE
+            for done in range(0, run.length, step):
+                size = min(step, run.length - done)
                 data = self._bus.load(run.pa + done, size, run.slot)
                 self._bus.store(into + done, data, slot)
             return
@@ -504,26 +413,17 @@ class Cpu:
 
     def _enter_mode(self) -> None:
         """Derive the walker from CR0, CR4, EFER, SYSCFG and the model."""
-        efer = self._msrs.get(Efer)
-        self._rules = self._address_rules(bool(efer.nxe))
-        if self._walker is not None:
-            self._walker.drop_views()
-        if self._cr0.paging:
-            self._walker = PageWalker(
-                self._bus,
-                LONG_5_LEVEL if self._cr4.la57 else LONG_4_LEVEL,
-                self._rules,
-                Protection(
-                    write_protect=bool(self._cr0.write_protect),
-                    smep=bool(self._cr4.smep),
-                    smap=bool(self._cr4.smap) and not self._alignment_check,
-                ),
-            )
-        else:
-            self._walker = None
-        self._drop_views()
+        layout = LONG_5_LEVEL if self._cr4.la57 else LONG_4_LEVEL
+        protection = Protection(
+            write_protect=bool(self._cr0.write_protect),
+            smep=bool(self._cr4.smep),
+            smap=bool(self._cr4.smap) and not self._alignment_check,
+        )
+        self._mmu.enter(
+            layout if self._cr0.paging else None, self._address_rules(), protection
+        )
 
-    def _address_rules(self, no_execute: bool) -> AddressRules:
+    def _address_rules(self) -> AddressRules:
         """Width and C-bit: reduced from the moment SYSCFG[23] is set.
 
         Source: Linux 6.1.192 arch/x86/kernel/cpu/amd.c, early_detect_mem_encrypt().
@@ -534,6 +434,7 @@ class Cpu:
         if self._msrs.get(Syscfg).mem_encrypt and encryption.usable:
             width = encryption.phys_bits_with_sme
             c_mask = 1 << encryption.c_bit
+        no_execute = bool(self._msrs.get(Efer).nxe)
         return AddressRules(width, c_mask, no_execute, model.page_1gb)
 
     def _msr_written(self, index: int, value: int) -> None:
@@ -542,17 +443,37 @@ class Cpu:
         elif index == Syscfg.ADDRESS:
             # Width and C-bit change what every cached translation means.
             self._enter_mode()
-            self._flush_tlb(keep_global=False)
+            self._mmu.flush(keep_global=False)
+        elif index == VmPageFlush.ADDRESS:
+            self._flush_guest_page(VmPageFlush(value))
 
-    def _flush_tlb(self, *, keep_global: bool) -> None:
-        self._tlb.flush(keep_global=keep_global)
-        self._drop_views()
+    def _flush_guest_page(self, request: VmPageFlush) -> None:
+        """Write back and drop the lines of a page that an ASID marked private.
 
-    def _drop_views(self) -> None:
-        self._load_views.clear()
-        self._store_views.clear()
-        if self._walker is not None:
-            self._walker.drop_views()
+        Source: [APM2] 15.34.9: through the host's tables, for a supervisor page.
+        """
+        try:
+            found = self._translate(request.page << PAGE_SHIFT, _READ)
+        except PageFault as fault:
+            raise GeneralProtection(
+                f"WRMSR VM_PAGE_FLUSH {request.value:#x}: {fault.reason}"
+            ) from None
+        self._bus.flush_page(found.pa, slot_of_asid(request.asid))
+
+    def _page_fault(self, fault: PageFault) -> bool:
+        """Set CR2 and call the handler; tell whether it cured the fault."""
+        self.cr2 = fault.address
+        if self._trace.active:
+            self._trace.emit("page-fault", va=fault.address, code=int(fault.code))
+        handler = self._handlers.get(PageFault.vector)
+        if handler is None:
+            return False
+        # A gate leads to CPL 0, and IRET back.
+        level, self.cpl = self._cpl, 0
+        try:
+            return handler(self, fault)
+        finally:
+            self.cpl = level
 
     def _note_cr(self, number: int, value: int) -> None:
         if self._trace.active:

@@ -12,7 +12,7 @@ from .memory_map import MemoryMap, Region, RegionKind
 from .sparse import Bytes
 
 
-class NothingThere(CbitError):  # noqa: N818 - reads as the finding it is
+class NothingThere(CbitError):
     """An access to physical addresses where neither memory nor a device answers.
 
     Attributes:
@@ -89,6 +89,18 @@ class MemoryBus:
         self._note_encrypted_device(pa, length, slot, "store")
         if region.kind is RegionKind.MMIO:
             region.device.write(pa - region.start, bytes(data))
+
+    def flush_line(self, pa: int, slot: int) -> None:
+        """Write back and drop the line at `pa`; only RAM has lines."""
+        region = self.map.find(pa)
+        if region is not None and region.kind is RegionKind.RAM:
+            self._caches.flush_line(slot, pa)
+
+    def flush_page(self, pa: int, slot: int) -> None:
+        """Write back and drop one tag's lines of a page; only RAM has lines."""
+        region = self.map.find(pa)
+        if region is not None and region.kind is RegionKind.RAM:
+            self._caches.flush_page(slot, pa)
 
     def claim_ram(self, pa: int, length: int, slot: int) -> Bytes | None:
         """Return a live view for a store of every byte; None if it is not all RAM.

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from enum import Enum
 
 import numpy as np
 
@@ -34,7 +33,7 @@ from ..types import (
 )
 from .controller import SLOT_NONE, MemoryController
 from .dram import Dram
-from .hazard import Hazard, HazardError
+from .hazard import Hazard, HazardError, HazardPolicy
 from .line_store import (
     ALL,
     ALL_LINES,
@@ -47,16 +46,8 @@ from .line_store import (
 )
 from .sparse import Bytes, SparseMemory
 
-
 STRETCH_PAGES = 2048
 """Pages that a large flush writes back before it gives their host memory back."""
-
-
-class HazardPolicy(Enum):
-    """What to do with an access that silicon leaves undefined."""
-
-    RECORD = "record"
-    RAISE = "raise"
 
 
 def line_mask(start: int, end: int) -> int:
@@ -281,6 +272,16 @@ class CacheHierarchy:
         self._write_back(store, page, store.dirty[page] & mask)
         for words in (store.valid, store.dirty, store.stale):
             words[page] &= ~mask
+
+    def flush_page(self, slot: int, pa: int) -> None:
+        """VM_PAGE_FLUSH: write back and drop one tag's lines of a page."""
+        if self._trace.active:
+            self._trace.emit("flush", what="vm-page-flush", pa=pa, slot=slot)
+        self._drop_views()
+        if store := self._stores.get(slot):
+            page = np.array([pa >> PAGE_SHIFT], np.intp)
+            self._write_back(store, page, store.dirty[page])
+            store.invalidate(page)
 
     def evict(self, share: float = 0.5) -> None:
         """Write back and drop a drawn share of the cached pages, tag by tag.

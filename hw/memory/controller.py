@@ -16,6 +16,11 @@ SLOT_HOST = 1
 """The SME key: C = 1 in the host, and everything under transparent SME."""
 
 
+def slot_of_asid(asid: int) -> int:
+    """Return the key slot of a guest's ASID, 1 or more; ASID 0 is the host."""
+    return SLOT_HOST + asid
+
+
 class NoKeyError(CbitError):
     """An access needs a key that the AMD-SP has not loaded."""
 

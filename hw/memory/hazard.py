@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from enum import Enum
+from typing import NamedTuple, NoReturn
 
-from ..errors import CbitError
+from ..errors import CallerError, CbitError
 from ..types import PhysAddr
+
+
+class HazardPolicy(Enum):
+    """What to do with an access that silicon leaves undefined."""
+
+    RECORD = "record"
+    RAISE = "raise"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        names = ", ".join(policy.value for policy in cls)
+        raise CallerError(f"hazard policy {value!r}: one of {names} expected")
 
 
 class Hazard(NamedTuple):

@@ -7,7 +7,7 @@ The layout is a PC's: RAM below 640 KiB, the VGA window, the BIOS ROM, RAM from
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -61,7 +61,7 @@ class Region:
     end: PhysAddr
     kind: RegionKind
     rom: bytes = b""
-    device: Mmio = OpenBus()
+    device: Mmio = field(default_factory=OpenBus)
 
 
 class MemoryMap:
@@ -92,7 +92,8 @@ class MemoryMap:
         """
         if ram_bytes % PAGE_SIZE or ram_bytes < 2 << 20:
             raise CallerError(
-                f"RAM of {ram_bytes:#x} bytes: 2 MiB or more, a multiple of 4096 expected"
+                f"RAM of {ram_bytes:#x} bytes: 2 MiB or more, "
+                "a multiple of 4096 expected"
             )
         if len(rom) != HIGH_RAM_START - ROM_START:
             raise CallerError(

@@ -28,7 +28,8 @@ class SparseMemory:
     """
 
     def __init__(self, size: int) -> None:
-        assert size > 0 and size % PAGE_SIZE == 0
+        assert size > 0
+        assert size % PAGE_SIZE == 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self.size = size
         self._map = mmap.mmap(-1, size, flags=flags)

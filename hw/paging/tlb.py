@@ -65,10 +65,26 @@ class Tlb:
             large = (translation.shift, page >> translation.shift - PAGE_SHIFT)
             self._pieces.setdefault(large, set()).add(page)
 
-    def first_in(self, page: int, end: int) -> int:
-        """Return the first page of [page, end) that has a translation, or `end`."""
+    def agrees_until(
+        self, page: int, end: int, first: Translation, *, write: bool
+    ) -> int:
+        """Return the first of pages (page, end) that breaks the run, or `end`.
+
+        Pages that the TLB does not hold agree; those it holds must translate frame
+        after frame from `first`, the translation of `page`, with the same rights, and
+        be dirty for a store.
+        """
         entries = self.entries
-        return next((p for p in range(page, end) if p in entries), end)
+        for other in sorted(entries.keys() & range(page + 1, end)):
+            held = entries[other]
+            if (
+                held.pa != first.pa + (other - page << PAGE_SHIFT)
+                or held.slot != first.slot
+                or held.rights != first.rights
+                or (write and not held.dirty)
+            ):
+                return other
+        return end
 
     def drop(self, page: int) -> set[int]:
         """INVLPG: drop whatever translates `page`; return the pages dropped."""

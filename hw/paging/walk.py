@@ -273,9 +273,10 @@ class PageWalker:
                 return 1
             granted &= entry
             key = entry & self._key_mask
+        now = self._read_entry(key, index)
         table = self._tables.get(key)
         # `first` may be kept from before the tables changed: then nothing follows.
-        if table is None or table[index] != first.entry:
+        if table is None or (now ^ first.entry) & ~(_A | _D):
             return 1
         rights = (granted & first.entry) >> 1 | first.rights & EXECUTABLE
         if rights | access << 3 in self.refused:
@@ -283,7 +284,8 @@ class PageWalker:
         entries = np.frombuffer(table, np.uint64)[index : index + limit]
         needed = np.uint64(_A | _D if access & WRITE else _A)
         frames = np.arange(limit, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
-        alike = (entries | needed) == (np.uint64(first.entry) | needed) + frames
+        marks = np.uint64(_A | _D)
+        alike = (entries | marks) == (np.uint64(first.entry) | marks) + frames
         count = limit if alike.all() else max(int(alike.argmin()), 1)
         entries = entries[:count]
         if ((entries & needed) != needed).any():

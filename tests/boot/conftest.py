@@ -71,6 +71,7 @@ class Board:
     cpu: Cpu
     image: KernelImage
     hand_over: HandOver
+    initrd: bytes
     events: list[Event] = field(default_factory=list)
     log: BootLog = field(default_factory=BootLog)
 
@@ -214,7 +215,7 @@ def board(
         initrd=initrd,
         five_levels=la57,
     )
-    return Board(machine, cpu, image, hand_over, events)
+    return Board(machine, cpu, image, hand_over, initrd or b"", events)
 
 
 def altered(model: str, leaf: int, **registers: int) -> CpuModel:

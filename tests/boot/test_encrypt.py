@@ -403,7 +403,7 @@ def test_order_no_global_entry_of_the_old_tables_survives() -> None:
     made = board()
     made.cpu.write_cr4(made.cpu.read_cr4() | PGE)
     for va in range(TEXT, KERNEL_END, 4096):
-        made.cpu.load(va, 1)  # the loader's map is global, C = 0
+        made.cpu.store(va, made.cpu.load(va, 1))  # the loader's map: global, C = 0
     made.events.clear()
     encrypt(made)
     cells = made.cells(TEXT, KERNEL_END)

@@ -176,8 +176,9 @@ def test_a_large_job_is_shared_by_threads_without_a_seam(
     fast.encrypt_units(np.arange(count), cells, cells)
 
     rng = random.Random(count)
-    edges = {0, PER_BATCH - 1, PER_BATCH, count // 2, count - 1}
-    for page in sorted(edges | set(rng.sample(range(count), 3))):
+    step = engine.SHARED_BATCH_BYTES // PAGE_SIZE
+    edges = {edge + n for edge in range(step, count, step) for n in (-1, 0)}
+    for page in sorted({0, *edges, count - 1, *rng.sample(range(count), 3)}):
         line = rng.randrange(PAGE_SIZE // CACHE_LINE_SIZE) * CACHE_LINE_SIZE
         wanted = plain[page, line : line + CACHE_LINE_SIZE].tobytes()
         stored = cells[page, line : line + CACHE_LINE_SIZE].tobytes()

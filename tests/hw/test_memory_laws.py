@@ -396,7 +396,7 @@ def run_campaigns(
 
 @pytest.mark.req("WP-32", "PT-52", "MC-5", "MC-22", "MC-28")
 def test_law_coherent_caches_match_the_model() -> None:
-    seen = run_campaigns(range(24), 100, coherent=True, policy=HazardPolicy.RAISE)
+    seen = run_campaigns(range(40), 100, coherent=True, policy=HazardPolicy.RAISE)
     assert {"handed over", "view to read", "view to write", "streamed"} <= seen.keys()
     assert not {"dirty-alias", "stale-line", "contested"} & seen.keys()
 
@@ -404,7 +404,7 @@ def test_law_coherent_caches_match_the_model() -> None:
 @pytest.mark.req("WP-31", "PT-50", "PT-51", "MC-5", "MC-29", "BZ-12", "BZ-13")
 @pytest.mark.parametrize("policy", HazardPolicy)
 def test_law_incoherent_caches_match_the_model(policy: HazardPolicy) -> None:
-    seen = run_campaigns(range(24), 100, coherent=False, policy=policy)
+    seen = run_campaigns(range(40), 100, coherent=False, policy=policy)
     assert {"dirty-alias", "stale-line"} <= seen.keys()
     assert {"view to read", "view to write", "streamed"} <= seen.keys()
     # Where every hazard raises, no two tags are ever dirty at once.

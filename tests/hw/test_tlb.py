@@ -59,9 +59,11 @@ class Bench:
         return self.cpu.load(va, 3).decode()
 
 
-def remapped(shift: int = 12, flags: int = 0, **options: int) -> Bench:
+def remapped(
+    shift: int = 12, flags: int = 0, *, cr4: int = 0, smee: bool = True
+) -> Bench:
     """Return a bench that has read `VA` as old; its entry says new now."""
-    bench = Bench(**options)
+    bench = Bench(cr4=cr4, smee=smee)
     flags |= PAGE_RW | PS * (shift != 12)
     bench.tables.map(VA, OLD | flags, shift)
     assert bench.read() == "old"

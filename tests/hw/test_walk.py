@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from cbit.hw import Machine
+from cbit.hw.cpu import Cpu
 from cbit.hw.faults import PageFault
 from cbit.hw.memory import SLOT_HOST, MemoryBus, MemoryMap
 from cbit.hw.memory.bus import NothingThere
@@ -50,8 +51,8 @@ SHIFTS = (39, 30, 21, 12)
 LEVELS = {39: "PML4", 30: "PDPT", 21: "PD", 12: "PT"}
 
 
-def rome(seed: int = 1, **options: bool) -> Machine:
-    return Machine("rome", ram=RAM, coherent=True, seed=seed, **options)
+def rome(seed: int = 1) -> Machine:
+    return Machine("rome", ram=RAM, coherent=True, seed=seed)
 
 
 def mapped(
@@ -218,6 +219,15 @@ RULES = [
 ]
 
 
+def do(cpu: Cpu, access: str) -> None:
+    if access == "store":
+        cpu.store(VA, b"x")
+    elif access == "fetch":
+        cpu.fetch(VA, 1)
+    else:
+        cpu.load(VA, 1)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_vector_rights(rule: Rule) -> None:
     # [APM2] 5.6 (protection) and 8.2.15 (error code).
@@ -228,16 +238,11 @@ def test_vector_rights(rule: Rule) -> None:
     long_mode(cpu, tables.cr3, cr4=rule.cr4, wp=rule.wp)
     cpu.alignment_check = rule.ac
     cpu.cpl = 3 if rule.user else 0
-    act = {
-        "load": lambda: cpu.load(VA, 1),
-        "store": lambda: cpu.store(VA, b"x"),
-        "fetch": lambda: cpu.fetch(VA, 1),
-    }[rule.access]
     if rule.code is None:
-        act()
+        do(cpu, rule.access)
         return
     with pytest.raises(PageFault) as caught:
-        act()
+        do(cpu, rule.access)
     assert caught.value.error_code == rule.code
     assert caught.value.level == "PT"
     assert tables.read(VA) & (A | D) == 0, "a refused access leaves no mark"
@@ -246,7 +251,7 @@ def test_vector_rights(rule: Rule) -> None:
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize(
     ("bit", "access", "code"),
-    [(RW, "store", 0x03), (US, "user load", 0x05), (NX, "fetch", 0x11)],
+    [(RW, "store", 0x03), (US, "load", 0x05), (NX, "fetch", 0x11)],
 )
 def test_a_right_is_gone_if_one_level_withholds_it(
     shift: int, bit: int, access: str, code: int
@@ -254,14 +259,9 @@ def test_a_right_is_gone_if_one_level_withholds_it(
     machine, tables = mapped()
     cpu = machine.cpu
     tables.write(VA, shift, tables.read(VA, shift) ^ bit)
-    cpu.cpl = 3 if access == "user load" else 0
-    act = {
-        "store": lambda: cpu.store(VA, b"x"),
-        "fetch": lambda: cpu.fetch(VA, 1),
-        "user load": lambda: cpu.load(VA, 1),
-    }[access]
+    cpu.cpl = 3 if bit == US else 0
     with pytest.raises(PageFault) as caught:
-        act()
+        do(cpu, access)
     assert caught.value.error_code == code
     assert caught.value.level == "PT", "rights are judged at the leaf"
 
