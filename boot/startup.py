@@ -52,16 +52,16 @@ class BootLog:
     """The lines of the boot, as dmesg would show them.
 
     Attributes:
-        lines: every line so far, without time stamp.
+        messages: every line so far, without time stamp.
         sink: called with each finished line.
     """
 
     sink: Callable[[str], None] = lambda line: None
-    lines: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """Add a line; before the clock runs, every time stamp is zero."""
-        self.lines.append(text)
+        self.messages.append(text)
         self.sink(f"[    0.000000] {text}")
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..boot.image import KernelImage, builtin_image, load_image
@@ -121,7 +121,7 @@ class BootRun:
             "phys_bits": self.model.phys_bits,
             "reduction": encryption.phys_reduction if present else None,
             "sme": {
-                "supported": encryption.sme and encryption.usable,
+                "supported": encryption.sme,
                 "enabled": self.machine.smee,
                 "active": self.active,
                 "transparent": self.machine.tsme,
@@ -268,22 +268,27 @@ def _ranges(
 def _read_initrd(path: str | None) -> bytes | None:
     if path is None:
         return None
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InputError(f"{path}: not a regular file; expected an initrd")
+        data = file.read()
     if not data:
-        raise InputError(f"{path}: an initrd of 0 bytes")
+        raise InputError(f"{path}: empty; expected an initrd")
     return data
 
 
 def _greet(run: BootRun) -> None:
     """Say what boots on what, and what the processor and firmware offer."""
     image, machine, encryption = run.image, run.machine, run.model.memory_encryption
-    version = image.version or f"{image.name} ({image.kind})"
-    run.log.say(f"Linux version {version}")
+    if image.version:
+        run.log.say(f"Linux version {image.version}")
+    else:
+        run.log.say(f"Booting {image.name} ({image.kind})")
     run.log.say(f"CPU0: {run.model.brand} [{run.model.name}]")
     ram = machine.map.ram_bytes >> 20
     caches = "coherent" if machine.caches.coherent else "not coherent"
     run.log.say(f"Memory: {ram} MiB, caches {caches} across C-bit settings")
-    supported = encryption.sme and encryption.usable
+    supported = encryption.sme
     firmware = "1" if machine.smee else "0"
     run.log.say(
         f"SME: supported by CPUID: {'yes' if supported else 'no'}; "

@@ -1,6 +1,7 @@
 """Control registers: their fields, and what MOV CR refuses.
 
-Source: [APM2] 3.1.1 (CR0), 3.1.3 (CR4), 5.3.2 (CR3 in long mode), 7.10.1 (C-bit).
+Source: [APM2] 3.1.1 (CR0), 3.1.3 (CR4), 5.3.2 (CR3 in long mode), 7.10.1 (C-bit);
+PCIDE, and what CR0 ignores: Linux arch/x86/kvm/x86.c, kvm_set_cr4(), kvm_set_cr0().
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Cr0(Register):
     monitor_coprocessor = Field(1, about="MP")
     emulation = Field(2, about="EM")
     task_switched = Field(3, about="TS")
-    extension_type = Field(4, about="ET")
+    extension_type = Field(4, about="ET: reads 1")
     numeric_error = Field(5, about="NE")
     write_protect = Field(16, about="WP: supervisor stores honour R/W")
     alignment_mask = Field(18, about="AM")
@@ -72,9 +73,18 @@ def check_cr0(old: Cr0, new: Cr0, cr4: Cr4, efer: Efer) -> None:
         raise GeneralProtection(
             f"MOV CR0 {new.value:#x}: long mode (EFER.LME) needs CR4.PAE = 1"
         )
+    if cr4.pcide and not new.paging:
+        raise GeneralProtection(f"MOV CR0 {new.value:#x}: PCIDE needs PG")
 
 
-def check_cr4(old: Cr4, new: Cr4, model: CpuModel, *, long_mode: bool) -> None:
+def kept_cr0(new: Cr0) -> Cr0:
+    """Return what CR0 holds after the write: ET set, no reserved bit."""
+    return Cr0(new.value & Cr0.declared_mask()).replace(extension_type=1)
+
+
+def check_cr4(
+    old: Cr4, new: Cr4, cr3: Cr3, model: CpuModel, *, long_mode: bool
+) -> None:
     """Raise #GP(0) where MOV CR4 does."""
     offered = {
         "pge": model.pge,
@@ -102,6 +112,11 @@ def check_cr4(old: Cr4, new: Cr4, model: CpuModel, *, long_mode: bool) -> None:
     if long_mode and new.la57 != old.la57:
         raise GeneralProtection(
             f"MOV CR4 {new.value:#x}: LA57 cannot change in long mode"
+        )
+    if new.pcide and not old.pcide and (not long_mode or cr3.pcid):
+        raise GeneralProtection(
+            f"MOV CR4 {new.value:#x}: setting PCIDE needs long mode and "
+            f"CR3[11:0] = 0, got {cr3.pcid:#x}"
         )
 
 

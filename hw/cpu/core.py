@@ -23,7 +23,7 @@ from ..paging import (
 )
 from ..trace import Trace
 from ..types import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, VirtAddr
-from .control import Cr0, Cr3, Cr4, check_cr0, check_cr3, check_cr4
+from .control import Cr0, Cr3, Cr4, check_cr0, check_cr3, check_cr4, kept_cr0
 from .mmu import Mmu, Run
 
 ExceptionHandler = Callable[["Cpu", CpuException], bool]
@@ -173,7 +173,7 @@ class Cpu:
             raise UnmodelledMode(f"MOV CR0 {value:#x}: paging with EFER.LME = 0")
         self._note_cr(0, value)
         turned = new.paging != self._cr0.paging
-        self._cr0 = new
+        self._cr0 = kept_cr0(new)
         self._msrs.set(efer.replace(lma=new.paging & efer.lme))
         self._enter_mode()
         if turned:
@@ -203,7 +203,7 @@ class Cpu:
         """
         new = Cr4(value)
         long_mode = bool(self._msrs.get(Efer).lma)
-        check_cr4(self._cr4, new, self.model, long_mode=long_mode)
+        check_cr4(self._cr4, new, self._cr3, self.model, long_mode=long_mode)
         self._note_cr(4, value)
         changed = new.value ^ self._cr4.value
         self._cr4 = new

@@ -17,8 +17,8 @@ from cbit.kernel.cc import EncryptionState
 
 from .conftest import LARGE, MIB, PRESENT, TABLE_ADDRESS, Board, equal_blocks
 
-FRESH = 64 * MIB - 12 * MIB
-"""A page that nobody has used when the boot is over."""
+FRESH = 12 * MIB
+"""A page that nobody has used when the boot is over; counted from the end of RAM."""
 
 BOOT_DATA = 0x9_0000, 0x3000
 """Where the loader puts zero page, command line and setup data; address and length."""
@@ -100,10 +100,10 @@ def _left_over_after_the_copy(made: Board) -> Iterator[str]:
 def _end_state(made: Board, booted: Booted, loaded: bytes) -> Iterator[str]:
     yield from _mappings(made)
     yield from _pool(made, booted)
-    base = booted.tables.direct_map(FRESH)
-    made.cpu.store(base, SECRET)
-    if SECRET in made.cells(FRESH, FRESH + 4096).tobytes():
-        yield f"later: what was stored at {FRESH:#x} is plain"
+    fresh = made.machine.map.ram_end - FRESH
+    made.cpu.store(booted.tables.direct_map(fresh), SECRET)
+    if SECRET in made.cells(fresh, fresh + 4096).tobytes():
+        yield f"later: what was stored at {fresh:#x} is plain"
     shared = made.layout.bss_decrypted
     if made.cells(shared.start, shared.end).any():
         yield "shared: .bss..decrypted is not zero in DRAM"

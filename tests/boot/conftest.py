@@ -21,7 +21,6 @@ from cbit.boot.startup import Booted, BootLog, Stage, startup
 from cbit.hw.cpu import Cpu
 from cbit.hw.cpuid import CpuidLeaf, CpuModel
 from cbit.hw.machine import Machine
-from cbit.hw.memory import SLOT_HOST, SLOT_NONE
 from cbit.hw.models import load_model
 from cbit.hw.trace import Event
 from cbit.hw.types import PhysAddr
@@ -126,7 +125,7 @@ class Board:
 
     def through(self, c_bit: bool, pa: int, length: int) -> bytes:
         """Return what software reads at `pa` through a mapping with this C-bit."""
-        slot = SLOT_HOST if c_bit else SLOT_NONE
+        slot = self.machine.controller.slot_for(c_bit)
         return self.machine.bus.load(pa, length, slot)
 
     def table(self, pa: int, *, c_bit: bool) -> list[int]:

@@ -292,7 +292,7 @@ def outcome(made: Board, booted: Booted) -> tuple[object, ...]:
     return (
         booted.encrypted,
         booted.data,
-        made.log.lines,
+        made.log.messages,
         made.cells(0, 64 * MIB).tobytes(),
     )
 
@@ -336,7 +336,7 @@ def test_the_log_of_an_active_boot() -> None:
     shown: list[str] = []
     made.log.sink = shown.append
     made.start()
-    assert made.log.lines == [
+    assert made.log.messages == [
         "SME: active (mem_encrypt=on); C-bit is bit 47 of a page-table entry",
         "SME: kernel [mem 0x0000000001000000-0x00000000015fffff] encrypted in place",
         "SME: initrd [mem 0x0000000003aff000-0x0000000003ffffff] encrypted in place",
@@ -348,13 +348,13 @@ def test_the_log_of_an_active_boot() -> None:
         "RAMDISK: [mem 0x0000000003aff000-0x0000000003ffffff]",
         "Memory Encryption Features active: AMD SME",
     ]
-    assert shown == [f"[    0.000000] {line}" for line in made.log.lines]
+    assert shown == [f"[    0.000000] {line}" for line in made.log.messages]
 
 
 def test_the_log_of_an_inactive_boot() -> None:
     made = board(smee=False, cmdline=b"mem_encrypt=on")
     made.start()
-    assert made.log.lines == [
+    assert made.log.messages == [
         "SME: not active: SYSCFG[23] is 0: firmware did not enable SME",
         "Command line: mem_encrypt=on",
     ]

@@ -158,13 +158,8 @@ class Model:
                 continue
             own = self.cached[unit, slot]
             if own.dirty:
-                pa = unit * self.size
-                candidates.setdefault(unit, []).append(
-                    self.engines[slot].encrypt(pa, own.data)
-                    if slot
-                    else bytes(own.data)
-                )
-                wrote.setdefault(pa // PAGE_SIZE, set()).add(slot)
+                candidates.setdefault(unit, []).append(self._stored(unit, slot))
+                wrote.setdefault(self.page_of(unit), set()).add(slot)
             own.dirty = False
             if drop:
                 del self.cached[unit, slot]
@@ -181,6 +176,9 @@ class Model:
             base = unit * self.size
             yield unit, max(pa - base, 0), min(pa + length - base, self.size)
 
+    def page_of(self, unit: int) -> int:
+        return unit * self.size // PAGE_SIZE
+
     def _touch(self, slot: int, pa: int, length: int) -> None:
         for unit, _, _ in self.pieces(pa, length):
             base = unit * self.size
@@ -194,13 +192,19 @@ class Model:
                 self.cached[unit, slot] = Unit(bytearray(cells))
 
     def _hand_over(self, unit: int, slot: int) -> None:
-        own = self.cached.pop((unit, slot))
         self.seen["handed over"] += 1
-        if own.dirty:
-            pa = unit * self.size
-            data = self.engines[slot].encrypt(pa, own.data) if slot else own.data
-            self.dram[pa : pa + self.size] = data
-            self.writers[pa // PAGE_SIZE] = {slot}
+        if self.cached[unit, slot].dirty:
+            place = slice(unit * self.size, (unit + 1) * self.size)
+            self.dram[place] = self._stored(unit, slot)
+            self.writers[self.page_of(unit)] = {slot}
+        del self.cached[unit, slot]
+
+    def _stored(self, unit: int, slot: int) -> bytes:
+        """Return what DRAM holds once the unit has been written back."""
+        data = self.cached[unit, slot].data
+        if slot == 0:
+            return bytes(data)
+        return self.engines[slot].encrypt(unit * self.size, data)
 
     def _others(self, unit: int, slot: int) -> list[int]:
         return [s for s in self.slots if s != slot and (unit, s) in self.cached]

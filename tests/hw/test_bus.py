@@ -230,6 +230,30 @@ def test_rom_and_devices_never_get_a_page_view(board: Board) -> None:
         board.bus.store(page * PAGE_SIZE, b"x", SLOT_NONE)
         for write in (False, True):
             assert board.bus.page_view(SLOT_NONE, page, write=write) is None
+            assert board.bus.page_view(SLOT_NONE, page << 20, write=write) is None
+
+
+# --- flushes
+
+
+@pytest.mark.parametrize("slot", [SLOT_NONE, SLOT_HOST])
+def test_lines_and_pages_are_flushed_by_address(slot: int) -> None:
+    board = Board(coherent=False)
+    lines = board.dram.lines[0x2000 // 64 : 0x3000 // 64]
+    board.bus.store(0x2000, b"x" * 192, slot)
+    board.bus.flush_line(0x207F, slot)
+    assert [n for n in range(64) if lines[n].any()] == [1]
+    board.bus.flush_page(0x2FFF, slot)
+    assert [n for n in range(64) if lines[n].any()] == [0, 1, 2]
+
+
+def test_flushing_what_has_no_lines_does_nothing(board: Board) -> None:
+    events: list[Event] = []
+    board.trace.listen(events.append)
+    for pa in (0x5000, DEVICE_START, 0x9000, 1 << 45):
+        board.bus.flush_line(pa, SLOT_HOST)
+        board.bus.flush_page(pa, SLOT_HOST)
+    assert events == []
 
 
 @pytest.mark.req("WP-1", "WP-13")

@@ -22,13 +22,6 @@ def engine_bytes(machine: Machine, pa: int, data: bytes) -> bytes:
     return machine.controller.engine(SLOT_HOST).encrypt(pa, data)
 
 
-def test_milan_is_coherent_and_rome_is_not() -> None:
-    # CPUID 8000_001F EAX[10] in the dumps of the two parts.
-    assert Machine("epyc-7763", ram=4 << 20).caches.coherent
-    assert not Machine("epyc-7742", ram=4 << 20).caches.coherent
-    assert Machine("epyc-7742", ram=4 << 20, coherent=True).caches.coherent
-
-
 @pytest.mark.req("WP-32", "PT-52")
 def test_a_touch_through_the_other_tag_writes_back_first(machine: Machine) -> None:
     machine.bus.store(PAGE + 0x40, SECRET, SLOT_HOST)

@@ -228,6 +228,17 @@ def test_no_view_hides_an_access_that_must_be_reported(machine: Machine) -> None
     assert caches.page_view(SLOT_NONE, NUMBER, write=False) is None
 
 
+def test_no_view_outlives_a_store_of_the_tag_that_came_last(machine: Machine) -> None:
+    # Both tags hold the page, clean; the one that came last stores without a word.
+    dropped = []
+    machine.bus.load(PAGE, PAGE_SIZE, SLOT_NONE)
+    machine.bus.load(PAGE, PAGE_SIZE, SLOT_HOST)
+    view = machine.caches.page_view(SLOT_NONE, NUMBER, write=False)
+    machine.caches.hold_views(lambda: dropped.append(True))
+    machine.bus.store(PAGE, b"x", SLOT_HOST)
+    assert view is None or dropped
+
+
 def test_a_store_drops_the_view_of_the_other_tag(machine: Machine) -> None:
     told = []
     machine.bus.load(PAGE, PAGE_SIZE, SLOT_NONE)

@@ -8,6 +8,7 @@ from cbit.hw import Machine
 from cbit.hw.cpu import Cpu, Cr0, Cr3, Cr4, UnmodelledMode
 from cbit.hw.errors import CallerError
 from cbit.hw.faults import GeneralProtection, PageFault
+from cbit.hw.registers import Register
 from cbit.hw.trace import Event
 
 from .test_paging_witness import (
@@ -59,17 +60,21 @@ def state(cpu: Cpu) -> tuple[int, ...]:
 # --- positions
 
 
+def positions(register: type[Register]) -> str:
+    return " ".join(f"{f.name} {f.bits}" for f in register.FIELDS.values())
+
+
 def test_vector_positions_of_the_fields() -> None:
     # Linux 6.1.192 arch/x86/include/uapi/asm/processor-flags.h, X86_CR0_*, X86_CR4_*.
-    cr0 = "PE 0 MP 1 EM 2 TS 3 ET 4 NE 5 WP 16 AM 18 NW 29 CD 30 PG 31".split()
-    cr4 = (
-        "VME 0 PVI 1 TSD 2 DE 3 PSE 4 PAE 5 MCE 6 PGE 7 PCE 8 OSFXSR 9 OSXMMEXCPT 10 "
-        "UMIP 11 LA57 12 FSGSBASE 16 PCIDE 17 OSXSAVE 18 SMEP 20 SMAP 21 PKE 22"
-    ).split()
-    assert [field.low for field in Cr0.FIELDS.values()] == [*map(int, cr0[1::2])]
-    assert [field.low for field in Cr4.FIELDS.values()] == [*map(int, cr4[1::2])]
-    assert list(Cr4.FIELDS) == [name.lower() for name in cr4[::2]]
-    assert [f.low for f in (Cr0.paging, Cr0.write_protect)] == [31, 16]
+    assert positions(Cr0) == (
+        "protection 0 monitor_coprocessor 1 emulation 2 task_switched 3 "
+        "extension_type 4 numeric_error 5 write_protect 16 alignment_mask 18 "
+        "not_write_through 29 cache_disable 30 paging 31"
+    )
+    assert positions(Cr4) == (
+        "vme 0 pvi 1 tsd 2 de 3 pse 4 pae 5 mce 6 pge 7 pce 8 osfxsr 9 osxmmexcpt 10 "
+        "umip 11 la57 12 fsgsbase 16 pcide 17 osxsave 18 smep 20 smap 21 pke 22"
+    )
 
 
 @pytest.mark.req("CM-71")

@@ -88,6 +88,7 @@ CPU 0:
     assert (found.max_sev_guests, found.min_sev_no_es_asid) == (509, 510)
 
 
+@pytest.mark.req("BZ-34")
 @pytest.mark.parametrize(
     "heading",
     [

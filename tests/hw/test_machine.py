@@ -1,5 +1,6 @@
 """hw/machine: the board put together; reset, power loss, the probe, the seed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,36 @@ def test_what_cannot_be_is_refused(
 
 @pytest.mark.req("WP-34")
 def test_ram_must_end_below_the_width_that_sme_leaves() -> None:
-    # Rome has 48 bits and loses 5; 1 GiB of addresses is the PCI hole's.
-    with pytest.raises(CallerError, match="addresses 43 bits once SME has taken"):
-        Machine("epyc-7742", ram=1 << 43)
-    with pytest.raises(CallerError, match="addresses 43 bits once SME has taken"):
-        Machine("epyc-7742", ram=(1 << 43) - GIB + PAGE_SIZE)
+    # Rome has 48 bits and loses 5; this one 40, so that 35 are left.
+    rome = load_model("rome")
+    sizes = rome.table.leaf(0x8000_0008)
+    small = sizes._replace(eax=sizes.eax & ~0xFF | 40)
+    model = replace(rome, table=rome.table.replace({(0x8000_0008, 0): small}))
+    # 1 GiB of addresses is the PCI hole's.
+    assert Machine(model, ram=31 * GIB).map.ram_end == 1 << 35
+    with pytest.raises(CallerError, match="addresses 35 bits once SME has taken"):
+        Machine(model, ram=31 * GIB + PAGE_SIZE)
+
+
+@pytest.mark.req("BZ-6")
+def test_where_sme_is_unusable_the_width_is_whole() -> None:
+    # Rembrandt reports SME with a C-bit of 0; its reduction means nothing.
+    machine = Machine("ryzen-6800hs", ram=4 << 20)
+    assert not machine.smee
+    with pytest.raises(CallerError, match="addresses 48 bits"):
+        Machine("ryzen-6800hs", ram=1 << 48)
+
+
+@pytest.mark.parametrize(
+    ("model", "coherent"), [("epyc-7742", False), ("epyc-7763", True)]
+)
+def test_the_model_says_whether_caches_are_coherent_unless_told(
+    model: str, coherent: bool
+) -> None:
+    assert Machine(model, ram=4 << 20).caches.coherent == coherent
+    assert (
+        Machine(model, ram=4 << 20, coherent=not coherent).caches.coherent != coherent
+    )
 
 
 def test_the_policy_may_be_a_word_or_the_enum() -> None:

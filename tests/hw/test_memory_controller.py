@@ -46,6 +46,11 @@ def test_a_slot_without_a_key_is_named() -> None:
     assert isinstance(refusal.value, CbitError)
 
 
+def test_slot_0_is_no_place_for_a_key() -> None:
+    with pytest.raises(AssertionError):
+        MemoryController().load_key(SLOT_NONE, engine(1))
+
+
 def test_forgotten_keys_are_gone_from_every_slot() -> None:
     controller = MemoryController()
     controller.load_key(SLOT_HOST, engine(1))

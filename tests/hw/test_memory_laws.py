@@ -99,11 +99,12 @@ class Campaign:
             (self.store, 30),
             (self.fill, 6),
             (self.change_some, 8),
-            (self.stream, 6),
+            (self.stream, 12),
             (self.take_view, 12),
             (self.store_through_view, 12),
             (self.clflush, 12),
-            (self.clflush_a_page, 3),
+            (self.clflush_a_page, 2),
+            (self.vm_page_flush, 2),
             (self.drain, 3),
             (self.wbinvd, 2),
             (self.evict, 4),
@@ -198,8 +199,10 @@ class Campaign:
         self.compare_hazards()
 
     def stream(self) -> None:
-        """Read a range once, as a long copy does."""
+        """Read a range once, as a long copy does; most have no key."""
         slot, pa, length = self.place()
+        if self.rng.random() < 0.7:
+            slot, length = 0, min(2 * PAGE_SIZE + length, RAM_END - pa)
         self.log.append(f"stream {slot=} [{pa:#x}, {pa + length:#x})")
         if not self.is_ram(pa, length):
             assert self.bus.stream_ram(pa, length, slot) is None
@@ -259,8 +262,18 @@ class Campaign:
         for line in range(start, end, CACHE_LINE_SIZE):
             self.flush_line(slot, line)
 
+    def vm_page_flush(self) -> None:
+        slot, page = self.page()
+        self.log.append(f"vm page flush {slot=} {page=:#x}")
+        self.bus.flush_page(page * PAGE_SIZE + self.rng.randrange(PAGE_SIZE), slot)
+        self.model.write_back(
+            lambda unit, tag: self.model.page_of(unit) == page and tag == slot,
+            self.dram.cells.tobytes(),
+            drop=True,
+        )
+
     def flush_line(self, slot: int, pa: int) -> None:
-        self.caches.flush_line(slot, pa)
+        self.bus.flush_line(pa, slot)
         hit = pa // self.model.size
         self.model.write_back(
             lambda unit, tag: unit == hit and (self.coherent or tag == slot),
@@ -294,7 +307,7 @@ class Campaign:
         gone = {
             (unit, slot)
             for unit, slot in self.model.cached
-            if (unit * self.model.size // PAGE_SIZE, slot) not in left
+            if (self.model.page_of(unit), slot) not in left
         }
         assert share not in {0.0, 1.0} or len(gone) == share * len(self.model.cached)
         self.model.write_back(

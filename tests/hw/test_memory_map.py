@@ -77,6 +77,13 @@ def test_a_rom_that_does_not_fill_its_window_is_refused(length: int) -> None:
     assert "0x10000 expected" in str(refusal.value)
 
 
+def test_a_window_without_a_device_reads_as_ones_and_takes_anything() -> None:
+    hole = MemoryMap.pc(2 * MIB).find(0xC000_0000)
+    assert hole is not None
+    hole.device.write(0x10, b"\0\0")
+    assert hole.device.read(0x10, 3) == b"\xff\xff\xff"
+
+
 def test_overlapping_regions_are_refused_with_both_names() -> None:
     with pytest.raises(CallerError) as refusal:
         MemoryMap([region(0x8000, 0x9001), region(0x9000, 0xA000, MMIO)])

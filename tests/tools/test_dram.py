@@ -141,7 +141,6 @@ def test_the_length_and_the_number_of_strings_can_be_chosen(
 def test_pictures_are_written_beside_the_text(
     dump: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     png, html = tmp_path / "map.png", tmp_path / "map.html"
     assert "DRAM of" in output(capsys, dump, "--png", str(png), "--html", str(html))
     assert png.read_bytes().startswith(b"\x89PNG")
