@@ -69,6 +69,7 @@ def sme_enable(cpu: Cpu, boot_params: VirtAddr) -> Detection:
         refusal of a C-bit below 32 is ours (InstLatx64 dumps of Cezanne, Rembrandt).
     """
     params = BootParams.parse(cpu.load(boot_params, BOOT_PARAMS_SIZE))
+    blob = params.cc_blob_address or _cc_blob_of(cpu, params)
 
     highest = cpu.cpuid(HIGHEST_EXTENDED_LEAF).eax
     if highest < MEMORY_ENCRYPTION_LEAF:
@@ -86,7 +87,6 @@ def sme_enable(cpu: Cpu, boot_params: VirtAddr) -> Detection:
     # ORDER: read here, before the hypervisor bit and SYSCFG, which are a host's
     # business only; an SEV guest must not depend on either.
     sev_status = cpu.rdmsr(SevStatus.ADDRESS)
-    blob = params.cc_blob_address or _cc_blob_of(cpu, params)
     if blob and not SevStatus(sev_status).sev_snp:
         raise KernelError(
             f"confidential-computing blob at {blob:#x}, but SEV_STATUS "

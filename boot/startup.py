@@ -26,6 +26,7 @@ from ..kernel.mem_encrypt import (
     sme_map_bootdata,
     sme_unmap_bootdata,
 )
+from ..kernel.pat import pat_init
 from ..kernel.pgtable import PMD_FLAGS_DEC
 from .early_tables import KernelData, share_bss_decrypted, startup_64_tables
 from .encrypt import Encrypted, sme_encrypt_kernel
@@ -139,6 +140,7 @@ def startup(
     )
     command_line = _x86_64_start_kernel(cpu, state, hand_over, data, tables, log)
     physical_bits = early_detect_mem_encrypt(cpu)
+    pat_init(cpu)
     _say_setup(cpu, state, hand_over, physical_bits, log)
     line = mem_encrypt_init(state)
     if line is not None:

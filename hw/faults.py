@@ -64,7 +64,8 @@ class PageFault(CpuException):
         address: what CR2 receives.
         code: the error code by name.
         level: name of the table whose entry failed ("PML4" .. "PT"), or "".
-        entry: that entry as read, or None.
+        index: which entry of that table.
+        entry: the entry as read, or None.
     """
 
     vector = 14
@@ -76,13 +77,15 @@ class PageFault(CpuException):
         code: PageFaultCode,
         reason: str,
         level: str = "",
+        index: int = 0,
         entry: int | None = None,
     ) -> None:
         self.address = address
         self.code = code
         self.level = level
+        self.index = index
         self.entry = entry
-        where = f" in {level} entry {entry:#018x}" if entry is not None else ""
+        where = f" in {level}[{index}] = {entry:#018x}" if entry is not None else ""
         super().__init__(f"address {address:#x}: {reason}{where}", int(code))
 
 

@@ -17,12 +17,15 @@ from .memory import (
     MemoryMap,
 )
 from .models import DEFAULT_MODEL, load_model
-from .msr import MsrFile, Syscfg
+from .msr import MsrFile, Syscfg, TopMem, TopMem2
 from .psp import SecureProcessor
 from .trace import Trace
 from .types import PhysAddr
 
 DEFAULT_RAM = 1 << 30
+
+TOP_MEM_SHIFT = 23
+"""TOP_MEM and TOP_MEM2 count in units of 8 MiB."""
 
 
 class Machine:
@@ -112,6 +115,7 @@ class Machine:
             for index, msrs in enumerate(self.msrs)
         ]
         self.cpu = self.cpus[0]
+        self._announce_memory()
 
     @property
     def smee(self) -> bool:
@@ -156,3 +160,12 @@ class Machine:
             self.trace.emit("reset")
         for cpu in self.cpus:
             cpu.reset()
+        self._announce_memory()
+
+    def _announce_memory(self) -> None:
+        """Set TOP_MEM and TOP_MEM2 on every core, as firmware does."""
+        for msrs in self.msrs:
+            low, *high = [region.end for region in self.map.ram()[1:]]
+            msrs.set(TopMem.of(tom=low >> TOP_MEM_SHIFT))
+            if high:
+                msrs.set(TopMem2.of(tom2=high[0] >> TOP_MEM_SHIFT))

@@ -85,6 +85,24 @@ def decrypted(state: EncryptionState, flags: int) -> int:
     return int(flags) & ~state.cc_mask
 
 
+PAGE_CHG_BITS = int(
+    Page.PCD | Page.PWT | Page.ACCESSED | Page.DIRTY | Page.PSE | Page.DEVMAP
+) | (1 << 9 | 1 << 10 | 1 << 11)
+"""_PAGE_CHG_MASK without the frame and the C-bit: what a change of protection keeps;
+bits 9 to 11 are Linux's SPECIAL, UFFD_WP and SOFT_DIRTY."""
+
+
+def pte_modify(state: EncryptionState, pte: int, protection: int) -> int:
+    """Return the entry with another protection; frame, history and C-bit stay.
+
+    So mprotect() neither encrypts nor decrypts a page.
+
+    Source: Linux 6.1.192 arch/x86/include/asm/pgtable.h, pte_modify().
+    """
+    kept = PAGE_CHG_BITS | pfn_mask(state) | state.cc_mask
+    return pte & kept | int(protection) & ~kept
+
+
 def pfn_mask(state: EncryptionState) -> int:
     """PTE_PFN_MASK: the address bits of an entry; the C-bit counts as a flag."""
     return PFN_BITS & state.physical_mask

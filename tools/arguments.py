@@ -6,6 +6,11 @@ import re
 
 import click
 
+SIZE_PARTS = re.compile(
+    r"(0x[0-9a-f]+(?:_[0-9a-f]+)*|0|[1-9][0-9]*(?:_[0-9]+)*)\s*([kmgt]?)(?:i?b)?", re.I
+)
+"""A number as Python writes it, and its unit."""
+
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -43,7 +48,7 @@ class Size(click.ParamType[int]):
         """Return the bytes, or fail with what was expected."""
         if isinstance(value, int):
             return value
-        parts = re.fullmatch(r"(0x[0-9a-f_]+|[0-9_]+)\s*([kmgt]?)(i?b)?", value, re.I)
+        parts = SIZE_PARTS.fullmatch(value)
         if parts is None:
             self.fail(f"{value!r} is no size, expected 256M or 4G", param, ctx)
         return int(parts[1], 0) * UNITS[parts[2].upper()]

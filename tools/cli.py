@@ -74,6 +74,8 @@ def run(arguments: list[str]) -> int:
     except OSError as failed:
         name = f"{failed.filename}: " if failed.filename else ""
         return _fail(f"{name}{failed.strerror or failed}", 1)
+    except MemoryError as lack:
+        return _fail(f"this computer's memory does not suffice: {lack}", 1)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
 

@@ -80,7 +80,7 @@ class SourceStream(io.RawIOBase):
         self._position = 0
 
     def close(self) -> None:
-        """Let the bytes go: the library's objects form cycles and live on for a while."""
+        """Let the bytes go: the objects of the library live on, in cycles."""
         self._data = memoryview(b"")
         super().close()
 

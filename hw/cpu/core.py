@@ -453,7 +453,7 @@ class Cpu:
         Source: [APM2] 15.34.9: through the host's tables, for a supervisor page.
         """
         try:
-            found = self._translate(request.page << PAGE_SHIFT, _READ)
+            found = self._mmu.probe(request.page << PAGE_SHIFT)
         except PageFault as fault:
             raise GeneralProtection(
                 f"WRMSR VM_PAGE_FLUSH {request.value:#x}: {fault.reason}"

@@ -145,6 +145,21 @@ class Mmu:
         self.store_views.pop(page, None)
         return found
 
+    def probe(self, va: int) -> Translation:
+        """Translate for a supervisor read that no handler sees and no TLB keeps.
+
+        Raises:
+            PageFault: not mapped, or not for the supervisor.
+            GeneralProtection: as `translate`.
+        """
+        held = self._tlb.entries.get(va >> PAGE_SHIFT)
+        if held is not None:
+            return held
+        walker = self._walker
+        if walker is None or not walker.format.is_canonical(va):
+            return self.translate(va, 0)
+        return walker.walk(self.root, va, 0)
+
     def runs(self, va: int, length: int, access: int) -> Iterator[Run]:
         """Split [va, va + length) where the frame, the tag or the leaf ends.
 

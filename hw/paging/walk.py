@@ -322,7 +322,8 @@ class PageWalker:
         if not self.rules.no_execute and not self.protection.smep:
             # I/D is reported only where a fetch can be told apart.
             code &= ~PageFaultCode.FETCH
-        return PageFault(va, code, reason, step.name, entry)
+        index = va >> step.shift & INDEX_MASK
+        return PageFault(va, code, reason, step.name, index, entry)
 
 
 _new_tuple = tuple.__new__

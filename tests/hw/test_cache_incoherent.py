@@ -4,6 +4,7 @@ import pytest
 
 from cbit.hw.machine import Machine
 from cbit.hw.memory import SLOT_HOST, SLOT_NONE
+from cbit.hw.trace import Event
 from cbit.hw.types import CACHE_LINE_SIZE, PAGE_SIZE
 
 PAGE = 0x20_0000
@@ -66,17 +67,34 @@ def test_of_two_dirty_lines_the_one_written_back_last_wins_as_the_seed_has_it(
     way_out: str,
 ) -> None:
     def outcome(seed: int) -> bytes:
-        machine = Machine("epyc-7742", ram=4 << 20, seed=seed)
-        machine.bus.store(PAGE, PLAIN, SLOT_NONE)
-        machine.bus.store(PAGE, SECRET, SLOT_HOST)
+        machine, pa = Machine("epyc-7742", ram=4 << 20, seed=seed), PAGE + 5 * LINE
+        machine.bus.store(pa, PLAIN, SLOT_NONE)
+        machine.bus.store(pa, SECRET, SLOT_HOST)
         WAYS_OUT[way_out](machine)
-        stored = machine.snoop(PAGE, LINE)
-        assert stored in (PLAIN, enciphered(machine, PAGE, SECRET))
+        stored = machine.snoop(pa, LINE)
+        assert stored in (PLAIN, enciphered(machine, pa, SECRET))
         return stored
 
     plain_won = [outcome(seed) == PLAIN for seed in range(20)]
     assert {True, False} == set(plain_won)
     assert plain_won == [outcome(seed) == PLAIN for seed in range(20)]
+
+
+@pytest.mark.req("PT-50")
+@pytest.mark.parametrize("way_out", ["wbinvd", "drain"])
+def test_every_contested_line_is_drawn_by_itself(
+    machine: Machine, way_out: str
+) -> None:
+    machine.bus.store(PAGE, PLAIN * 128, SLOT_NONE)
+    machine.bus.store(PAGE, SECRET * 128, SLOT_HOST)
+    WAYS_OUT[way_out](machine)
+    lines = range(PAGE, PAGE + 128 * LINE, LINE)
+    plain_won = sum(machine.snoop(pa, LINE) == PLAIN for pa in lines)
+    secret_won = sum(
+        machine.snoop(pa, LINE) == enciphered(machine, pa, SECRET) for pa in lines
+    )
+    assert plain_won + secret_won == 128
+    assert min(plain_won, secret_won) > 30
 
 
 @pytest.mark.req("PT-50")
@@ -181,6 +199,20 @@ def test_power_loss_takes_every_dirty_line(machine: Machine) -> None:
     machine.caches.drain()
     assert machine.snoop(PAGE, 2 * LINE) == PLAIN + bytes(LINE)
     assert machine.bus.load(PAGE, LINE, SLOT_NONE) == PLAIN
+
+
+def test_flushes_are_events(machine: Machine) -> None:
+    events: list[Event] = []
+    machine.trace.listen(events.append)
+    machine.caches.write_back_invalidate()
+    machine.caches.flush_line(SLOT_HOST, PAGE + 5)
+    machine.caches.flush_page(2, PAGE)
+    machine.caches.drain()  # no instruction
+    assert [(event.kind, dict(event.facts)) for event in events] == [
+        ("flush", {"what": "wbinvd"}),
+        ("flush", {"what": "clflush", "pa": PAGE + 5, "slot": 1}),
+        ("flush", {"what": "vm-page-flush", "pa": PAGE, "slot": 2}),
+    ]
 
 
 # --- partial lines and page views

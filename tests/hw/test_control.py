@@ -380,6 +380,37 @@ def test_order_of_enabling_cpuid_then_syscfg_then_entries() -> None:
     assert machine.snoop(FRAME, 16) != b"enciphered bytes"
 
 
+# --- VM_PAGE_FLUSH
+
+
+PAGE_FLUSH = 0xC001_011E
+ASID = 5
+
+
+@pytest.mark.req("CM-34")
+def test_a_page_flush_writes_back_what_an_asid_holds_of_the_page() -> None:
+    cpu, tables = in_long_mode()
+    machine = tables.machine
+    machine.controller.load_key(ASID + 1, machine.controller.engine(1))
+    machine.bus.store(FRAME, b"of the guest" * 4, ASID + 1)
+    machine.bus.store(FRAME + 0x1000, b"of the guest" * 4, ASID + 1)
+    cpu.wrmsr(PAGE_FLUSH, VA | ASID)
+    assert machine.snoop(FRAME, 16) != bytes(16)
+    assert machine.snoop(FRAME + 0x1000, 16) == bytes(16), "another page"
+
+
+@pytest.mark.req("CM-34")
+@pytest.mark.parametrize("va", [VA + 0x1000, 1 << 47, 1 << 63 | VA])
+def test_a_page_flush_of_what_is_not_mapped_is_refused_and_nothing_else(
+    va: int,
+) -> None:
+    cpu, _ = in_long_mode()
+    cpu.set_handler(14, lambda cpu, fault: pytest.fail("a handler saw it"))
+    with pytest.raises(GeneralProtection) as caught:
+        cpu.wrmsr(PAGE_FLUSH, va | ASID)
+    assert (caught.value.error_code, cpu.cr2) == (0, 0)
+
+
 # --- the rest
 
 

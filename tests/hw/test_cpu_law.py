@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cbit.hw import Machine
-from cbit.hw.faults import PageFault
+from cbit.hw.faults import PageFault, PageFaultCode
 from cbit.hw.memory import SLOT_HOST
 
 from .test_paging_witness import (
@@ -145,7 +145,7 @@ class Rig:
         c_bit = base == PRIVATE_FRAMES
         if self.coherent and self.rng.random() < 0.3:
             c_bit = not c_bit
-        return base + at | C * c_bit
+        return int(base + at | C * c_bit)
 
     def change_pages(self) -> None:
         """Map some pages, often frame after frame, or unmap them."""
@@ -296,7 +296,7 @@ class Rig:
         try:
             self.cpu.copy(target, source, length)
         except PageFault as fault:
-            if fault.error_code & 2:
+            if PageFaultCode.WRITE in fault.code:
                 end = self.check_fault(fault, target, length, "write", user)
             else:
                 end = self.check_fault(fault, source, length, "read", user)
@@ -333,9 +333,9 @@ class Rig:
                 kept, now = self.kept[page], self.current(page)
                 may_fault |= now is None or not now.grants(kind, user, self.wp)
                 several |= len(kept) > 1
-                if any(k.shift == 21 for k in self.kept_near(page)) and len(kept) != 1:
-                    return True
-                if len({k.shift for k in self.kept_near(page)}) > 1:
+                near = self.kept_near(page)
+                large = any(leaf.shift == 21 for leaf in near)
+                if large and (len(near) > 1 or not kept):
                     return True
                 side |= {(leaf.pa(page), leaf.encrypted) for leaf in kept}
             sides.append(side)

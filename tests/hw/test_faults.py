@@ -56,13 +56,14 @@ def test_a_vmm_communication_carries_the_exit_code() -> None:
 
 def test_a_page_fault_carries_address_code_level_and_entry() -> None:
     code = PageFaultCode.PRESENT | PageFaultCode.RESERVED
-    fault = PageFault(0x4000_0000, code, "reserved bit set", "PT", 1 << 46 | 0x1003)
+    fault = PageFault(0x4000_0000, code, "reserved bit set", "PT", 7, 1 << 46 | 0x1003)
     assert fault.address == 0x4000_0000
     assert fault.code == code
     assert fault.error_code == 9
-    assert (fault.level, fault.entry) == ("PT", 0x4000_0000_1003)
+    assert (fault.level, fault.index) == ("PT", 7)
+    assert fault.entry == 0x4000_0000_1003
     assert str(fault) == (
-        "#PF(0x9): address 0x40000000: reserved bit set in PT entry 0x0000400000001003"
+        "#PF(0x9): address 0x40000000: reserved bit set in PT[7] = 0x0000400000001003"
     )
 
 

@@ -442,7 +442,7 @@ def test_the_message_names_address_level_entry_and_cause() -> None:
     with pytest.raises(PageFault) as caught:
         machine.cpu.load(VA + 0x123, 1)
     assert str(caught.value) == (
-        "#PF(0x9): address 0x7f1234567123: reserved bit set in PT entry "
+        "#PF(0x9): address 0x7f1234567123: reserved bit set in PT[359] = "
         "0x0000100000200007"
     )
-    assert machine.cpu.cr2 == VA + 0x123
+    assert (machine.cpu.cr2, caught.value.index) == (VA + 0x123, 359)

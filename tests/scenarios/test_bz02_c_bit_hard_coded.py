@@ -60,4 +60,4 @@ def test_bit_51_works_where_it_was_written(model: str) -> None:
 @pytest.mark.parametrize("model", sorted(set(model_names()) - C_BIT_51))
 def test_bit_51_is_a_reserved_bit_elsewhere(model: str) -> None:
     seen = check(hard_coded, model)
-    assert "reserved bit set in PT entry 0x0008000000200063" in seen
+    assert "reserved bit set in PT[0] = 0x0008000000200063" in seen

@@ -73,7 +73,7 @@ def test_an_entry_cut_to_the_width_encrypts_nothing(model: str) -> None:
 @pytest.mark.parametrize("model", C_BIT_ABOVE)
 def test_the_top_address_bit_is_reserved_while_sme_is_on(model: str) -> None:
     seen = check(top_address_bit, model)
-    assert "reserved bit set in PT entry 0x0000800000200063" in seen
+    assert "reserved bit set in PT[0] = 0x0000800000200063" in seen
 
 
 @pytest.mark.parametrize("make_entry", [cut_to_the_width, top_address_bit])

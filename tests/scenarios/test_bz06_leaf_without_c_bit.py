@@ -75,7 +75,7 @@ def test_a_position_below_32_is_no_c_bit(model: str) -> None:
 def test_bit_0_is_the_present_bit(model: str) -> None:
     seen = check(naive, model)
     if model == FIELD_0:
-        assert "not present in PT entry 0x0000000000200062" in seen
+        assert "not present in PT[0] = 0x0000000000200062" in seen
     else:
         assert seen == FINE
 
