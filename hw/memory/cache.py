@@ -45,6 +45,7 @@ from .line_store import (
     runs,
 )
 from .sparse import Bytes, SparseMemory
+from .traffic import Traffic, contested_lines
 
 STRETCH_PAGES = 2048
 """Pages that a large flush writes back before it gives their host memory back."""
@@ -96,7 +97,7 @@ class CacheHierarchy:
         self.hazards_met: list[Hazard] = []
         self.tag_changes = 0
         self._dram = dram
-        self._controller = controller
+        self._traffic = Traffic(dram, controller)
         self._random = random_source
         self._policy = hazards
         self._trace = trace
@@ -226,7 +227,7 @@ class CacheHierarchy:
                 pages = store.pages_with(store.dirty)
                 for i in range(0, pages.size, STRETCH_PAGES):
                     stretch = pages[i : i + STRETCH_PAGES]
-                    self._write_back(store, stretch, store.dirty[stretch])
+                    self._traffic.write_back(store, stretch, store.dirty[stretch])
                     store.invalidate(stretch)
         self.drain()
         for store in stores:
@@ -240,15 +241,15 @@ class CacheHierarchy:
         self._drop_views()
         dirty = [(s, s.pages_with(s.dirty)) for s in self._stores.values()]
         dirty = [(store, pages) for store, pages in dirty if pages.size]
-        contested = self._contested_lines(dirty)
+        contested = [] if self.coherent else contested_lines(dirty)
         for store, pages in dirty:
-            self._write_back(store, pages, store.dirty[pages])
+            self._traffic.write_back(store, pages, store.dirty[pages])
         # Lines dirty under several tags: whoever is drawn comes last.
         for line, slots in contested:
             winner = self._stores[self._random.choice(slots)]
             page, bit = divmod(line, LINES_PER_PAGE)
             word = np.array([1 << bit], np.uint64)
-            self._write_back(winner, np.array([page], np.intp), word)
+            self._traffic.write_back(winner, np.array([page], np.intp), word)
         for store, pages in dirty:
             store.dirty[pages] = 0
 
@@ -264,12 +265,12 @@ class CacheHierarchy:
         self._drop_views()
         if self.coherent:
             for store in self._stores.values():
-                self._write_back(store, page, store.dirty[page])
+                self._traffic.write_back(store, page, store.dirty[page])
                 store.invalidate(page)
             return
         store = self._store(slot)
         mask = np.uint64(line_mask(pa % PAGE_SIZE, pa % PAGE_SIZE + 1))
-        self._write_back(store, page, store.dirty[page] & mask)
+        self._traffic.write_back(store, page, store.dirty[page] & mask)
         for words in (store.valid, store.dirty, store.stale):
             words[page] &= ~mask
 
@@ -280,7 +281,7 @@ class CacheHierarchy:
         self._drop_views()
         if store := self._stores.get(slot):
             page = np.array([pa >> PAGE_SHIFT], np.intp)
-            self._write_back(store, page, store.dirty[page])
+            self._traffic.write_back(store, page, store.dirty[page])
             store.invalidate(page)
 
     def evict(self, share: float = 0.5) -> None:
@@ -298,7 +299,7 @@ class CacheHierarchy:
                 [page for page in pages.tolist() if self._random.random() < share],
                 np.intp,
             )
-            self._write_back(store, chosen, store.dirty[chosen])
+            self._traffic.write_back(store, chosen, store.dirty[chosen])
             store.invalidate(chosen)
 
     def lose(self) -> None:
@@ -342,7 +343,9 @@ class CacheHierarchy:
                 self._check_hazards(store, page, words[0], words[1], write)
         missing = fill & ~store.valid_word[page]
         if missing:
-            self._fill(store, np.array([page], np.intp), np.array([missing], np.uint64))
+            self._traffic.fill(
+                store, np.array([page], np.intp), np.array([missing], np.uint64)
+            )
         store.valid_word[page] |= touched
         store.mark_used(page, page + 1)
         if write:
@@ -381,7 +384,7 @@ class CacheHierarchy:
         lacking = np.flatnonzero(missing)
         store.data.expect_bulk(first, last)
         if lacking.size:
-            self._fill(store, lacking + first, missing[lacking])
+            self._traffic.fill(store, lacking + first, missing[lacking])
         store.valid[first:last] |= touched
         store.mark_used(first, last)
         if write:
@@ -413,60 +416,9 @@ class CacheHierarchy:
                     )
             if self.coherent:
                 dirty = pages[other.dirty[pages] != 0]
-                self._write_back(other, dirty, other.dirty[dirty])
+                self._traffic.write_back(other, dirty, other.dirty[dirty])
                 other.invalidate(pages)
         self._owner[first:end] = store.slot + 1
-
-    # Traffic between line stores and DRAM
-
-    def _fill(self, store: LineStore, pages: Index, masks: Words) -> None:
-        whole = masks == ALL
-        for units, cells, lines in (
-            (pages[whole], self._dram.pages, store.data.pages),
-            (_lines(pages, masks, ~whole), self._dram.lines, store.data.lines),
-        ):
-            if not units.size:
-                continue
-            if store.slot == SLOT_NONE:
-                _copy_units(units, cells, lines)
-            else:
-                engine = self._controller.engine(store.slot)
-                engine.decrypt_units(units, cells, lines)
-
-    def _write_back(self, store: LineStore, pages: Index, masks: Words) -> None:
-        whole = masks == ALL
-        for units, lines, cells in (
-            (pages[whole], store.data.pages, self._dram.pages),
-            (_lines(pages, masks, ~whole), store.data.lines, self._dram.lines),
-        ):
-            if not units.size:
-                continue
-            if cells is self._dram.pages:
-                for first, end in runs(units):
-                    self._dram.expect_bulk(first, end)
-            if store.slot == SLOT_NONE:
-                _copy_units(units, lines, cells)
-            else:
-                engine = self._controller.engine(store.slot)
-                engine.encrypt_units(units, lines, cells)
-        for first, end in runs(pages[masks != 0]):
-            self._dram.mark_written(first, end, store.slot)
-
-    def _contested_lines(
-        self, dirty: list[tuple[LineStore, Index]]
-    ) -> list[tuple[int, list[int]]]:
-        """Return the lines that are dirty under two tags or more, with the tags."""
-        if self.coherent or len(dirty) < 2:
-            return []
-        tags: dict[int, list[int]] = {}
-        pages, counts = np.unique(
-            np.concatenate([pages for _, pages in dirty]), return_counts=True
-        )
-        shared = pages[counts > 1]
-        for store, _ in dirty:
-            for line in masks_to_lines(shared, store.dirty[shared]).tolist():
-                tags.setdefault(line, []).append(store.slot)
-        return [(line, slots) for line, slots in tags.items() if len(slots) > 1]
 
     # Hazards
 
@@ -534,14 +486,3 @@ def _lines_from(first: int, masks: Words) -> Index:
     """Return the lines that the masks of the pages from `first` on name."""
     pages = np.flatnonzero(masks)
     return masks_to_lines(pages + first, masks[pages])
-
-
-def _lines(pages: Index, masks: Words, chosen: np.ndarray) -> Index:
-    if not chosen.any():
-        return np.empty(0, np.intp)
-    return masks_to_lines(pages[chosen], masks[chosen])
-
-
-def _copy_units(units: Index, source: Bytes, target: Bytes) -> None:
-    for first, end in runs(units):
-        target[first:end] = source[first:end]

@@ -7,8 +7,10 @@ from random import Random
 import pytest
 
 from cbit.hw import Machine
+from cbit.hw.faults import PageFault
 from cbit.kernel import pgtable
 from cbit.kernel.cc import EncryptionState
+from cbit.kernel.mem_encrypt import sme_early_init
 from cbit.kernel.pgtable import Page
 
 from ..hw.test_paging_witness import Tables, long_mode
@@ -188,6 +190,34 @@ def test_every_flag_set_is_taken_by_the_hardware(active: bool, shift: int) -> No
     for number in range(len(leaves)):
         found = machine.cpu.translate(number << 21, write=True)
         assert (found.pa, found.slot) == (0x20_0000, int(active))
+
+
+@pytest.mark.req("PT-46", "PT-45")
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("vm_flags", range(16))
+def test_a_user_may_do_what_his_mapping_says(vm_flags: int, active: bool) -> None:
+    # VM_READ 1, VM_WRITE 2, VM_EXEC 4, VM_SHARED 8. Anything readable is so through
+    # any of the three; a private page is copied at the first store, so never writable.
+    machine = Machine("milan", ram=16 << 20, seed=1)
+    state = EncryptionState(me_mask=C51 if active else 0)
+    flags = sme_early_init(state).protection_map[vm_flags]
+    assert bool(flags & C51) == active
+    tables = Tables(machine)
+    tables.map(0x5000, 0x20_0000 | flags)
+    cpu = machine.cpu
+    long_mode(cpu, tables.cr3)
+    cpu.cpl = 3
+    for allowed, act in (
+        (vm_flags & 7 != 0, lambda: cpu.load(0x5000, 1)),
+        (vm_flags & 10 == 10, lambda: cpu.store(0x5000, b"x")),
+        (vm_flags & 4 != 0, lambda: cpu.fetch(0x5000, 1)),
+    ):
+        if allowed:
+            act()
+            assert cpu.translate(0x5000).slot == int(active)
+        else:
+            with pytest.raises(PageFault):
+                act()
 
 
 # --- indices and levels
