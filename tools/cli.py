@@ -5,6 +5,7 @@ One `Error:` line on stderr, never a traceback; exit 0 done, 1 refused, 2 misuse
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -72,6 +73,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as failed:
+        if failed.errno == errno.ENOMEM:
+            return _fail(f"this computer's memory does not suffice: {failed}", 1)
         name = f"{failed.filename}: " if failed.filename else ""
         return _fail(f"{name}{failed.strerror or failed}", 1)
     except MemoryError as lack:

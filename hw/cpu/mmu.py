@@ -92,8 +92,11 @@ class Mmu:
     def invlpg(self, va: int) -> None:
         """Drop the translations of the page that holds `va`, global or not."""
         for page in self._tlb.drop(va >> PAGE_SHIFT):
-            self.load_views.pop(page, None)
-            self.store_views.pop(page, None)
+            self._drop_view(page)
+
+    def _drop_view(self, page: int) -> None:
+        self.load_views.pop(page, None)
+        self.store_views.pop(page, None)
 
     def drop_views(self) -> None:
         """Forget views of pages and of page tables."""
@@ -134,15 +137,17 @@ class Mmu:
             and (not access & WRITE or found.dirty)
         ):
             return found
-        # A refused or clean translation is walked again, as hardware does.
+        # A refused or clean translation is walked again, as hardware does. Views show
+        # the frame of the one that goes.
+        if found is not None:
+            self._drop_view(page)
         try:
             found = walker.walk(self.root, va, access)
         except PageFault as fault:
             found = self._walk_after(fault, va, access)
-        self._tlb.insert(page, found)
-        # Views show the frame of the translation that this one takes the place of.
-        self.load_views.pop(page, None)
-        self.store_views.pop(page, None)
+        gone = self._tlb.insert(page, found)
+        if gone is not None:
+            self._drop_view(gone)
         return found
 
     def probe(self, va: int) -> Translation:

@@ -56,14 +56,17 @@ class Tlb:
         self.entries: dict[int, Translation] = {}
         self._pieces: dict[tuple[int, int], set[int]] = {}
 
-    def insert(self, page: int, translation: Translation) -> None:
-        """Keep a translation of virtual page `page`."""
+    def insert(self, page: int, translation: Translation) -> int | None:
+        """Keep a translation of virtual page `page`; return the page that had to go."""
+        gone = None
         if len(self.entries) >= CAPACITY:
-            del self.entries[next(iter(self.entries))]
+            gone = next(iter(self.entries))
+            del self.entries[gone]
         self.entries[page] = translation
         if translation.shift != PAGE_SHIFT:
             large = (translation.shift, page >> translation.shift - PAGE_SHIFT)
             self._pieces.setdefault(large, set()).add(page)
+        return gone
 
     def agrees_until(
         self, page: int, end: int, first: Translation, *, write: bool

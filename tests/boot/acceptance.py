@@ -66,7 +66,7 @@ def topics(complaints: list[str]) -> set[str]:
 
 def _tables_without_c(made: Board) -> Iterator[str]:
     """Every present entry below early_top_pgt carries C; read before encryption."""
-    todo = [(made.data.early_top_pgt, made.levels)]
+    todo: list[tuple[int, int]] = [(made.data.early_top_pgt, made.levels)]
     seen = set()
     while todo:
         table, level = todo.pop()

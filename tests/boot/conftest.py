@@ -117,7 +117,8 @@ class Board:
         """Rewrite fields of the zero page through the core, plain."""
         at = self.hand_over.boot_params
         params = BootParams.parse(self.cpu.load(at, 4096))
-        self.cpu.store(at, replace(params, **changes).build())
+        changed = replace(params, **changes)  # type: ignore[arg-type]
+        self.cpu.store(at, changed.build())
 
     def facts(self, *kinds: str) -> list[Fact]:
         """Return the events of some kinds, each as a short tuple."""

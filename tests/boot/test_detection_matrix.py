@@ -176,7 +176,7 @@ def test_decision_reason_and_order(row: Row) -> None:
 
 # Leaf 8000_001F of each shipped part as its InstLatx64 dump prints it: the C-bit, and
 # the phrase where none is to be had.
-SHIPPED = {
+SHIPPED: dict[str, int | str] = {
     "epyc-7401p-guest": NO_LEAF,
     "epyc-7551p": 47,
     "epyc-7742": 47,

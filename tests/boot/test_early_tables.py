@@ -148,7 +148,7 @@ def test_the_switch_over_map_is_an_identity_of_text_to_end(
     made = built(model, cmdline=line)
     data, c = made.data, made.c_mask if line else 0
     pages = [data.early_dynamic_pgts + i * 0x1000 for i in range(3)]
-    table = data.early_top_pgt
+    table: int = data.early_top_pgt
     for page in pages[: made.levels - 2]:
         entries = filled(made.table(table, c_bit=False))
         entries.pop(511, None)

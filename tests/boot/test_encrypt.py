@@ -414,14 +414,15 @@ def test_order_no_global_entry_of_the_old_tables_survives() -> None:
 
 
 @pytest.mark.req("LB-64", "PT-51", "PT-53", "BZ-13")
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_order_the_loaders_dirty_lines_leave_before_the_copy(seed: int) -> None:
     made = board(INCOHERENT, seed=seed)
-    encrypt(made, INITRD, INITRD_DATA)
+    data = INITRD_DATA[: 256 * 1024]
+    encrypt(made, INITRD, data)
     made.machine.caches.evict()
     cells = made.cells(TEXT, KERNEL_END)
     assert equal_blocks(cells, made.plain(TEXT, KERNEL_END)) == []
-    assert equal_blocks(made.cells(INITRD, INITRD_END - 4096), INITRD_DATA[:-100]) == []
+    assert equal_blocks(made.cells(INITRD, INITRD + len(data)), data) == []
     assert made.machine.caches.hazards_met == []
 
 

@@ -78,7 +78,7 @@ def test_tables_carry_0x063_and_leaves_their_flags(tables: Tables) -> None:
     assert tables.board.walk(tables.pgd, 0x40_0000).entry == 0x40_0000 | DEC | c
     assert tables.board.walk(tables.pgd, 0x80_0000).entry == 0x80_0000 | DEC_PTE | c
     assert tables.entry(0x80_1000) is None
-    table = tables.pgd
+    table: int = tables.pgd
     for shift in (48, 39, 30)[5 - tables.board.levels :]:
         entry = tables.board.table(table, c_bit=False)[0x40_0000 >> shift & 511]
         assert entry & ~TABLE_ADDRESS == 0x063
@@ -113,7 +113,7 @@ def test_what_is_mapped_already_stays_as_it_is(tables: Tables) -> None:
 @pytest.mark.req("LB-50")
 def test_a_1_gib_page_is_left_alone(tables: Tables) -> None:
     tables.map(0, 2 * MIB, 0)
-    table = tables.pgd
+    table: int = tables.pgd
     for shift in (48, 39)[5 - tables.board.levels :]:
         entries = tables.board.table(table, c_bit=False)
         table = entries[GIB >> shift & 511] & TABLE_ADDRESS

@@ -116,18 +116,15 @@ def test_right_after_the_encryption(image: KernelImage, case: Case) -> None:
         cells = made.machine.dram.cells[start : start + whole]
         assert equal_blocks(cells, INITRD[:whole]) == []
 
-    cells = made.machine.snoop(made.layout.text_start, kernel_length(made))
-    assert [text for text in strings(image) if text in cells] == []
+    layout = made.layout
+    probe = made.machine.snoop(layout.text_start, layout.kernel_end - layout.text_start)
+    assert [text for text in strings(image) if text in probe] == []
 
-    area = made.layout.workarea
+    area = layout.workarea
     probe = made.machine.snoop(area.start, area.size)
     assert (probe == made.through(False, area.start, area.size)) != case.tsme
     assert (made.machine.snoop(0x9_0000, 0x3000) == low) != case.tsme
     assert made.machine.caches.hazards_met == []
-
-
-def kernel_length(made: Board) -> int:
-    return made.layout.kernel_end - made.layout.text_start
 
 
 @pytest.mark.req("LB-T1", "LB-T3", "LB-23", "LB-37", "LB-74", "BZ-12", "BZ-13")

@@ -72,7 +72,7 @@ def test_a_blob_on_bare_metal_terminates_even_where_sme_would_be_on() -> None:
     put_blob_behind_others(made)
     with pytest.raises(KernelError, match="terminating"):
         made.start()
-    assert made.machine.dram.count_pages() == {} or not made.facts("flush")
+    assert made.facts("flush") == []
 
 
 @pytest.mark.req("LB-1", "LB-6")
@@ -100,6 +100,7 @@ def test_a_blob_is_not_looked_at_where_the_processor_has_nothing(
     assert enable(made).state == EncryptionState()
 
 
+@pytest.mark.req("LB-1")
 def test_a_setup_data_list_without_end_is_refused() -> None:
     made = board()
     put_node(made, NODES, SetupDataType.DTB, b"", NODES + 0x100)
@@ -107,6 +108,7 @@ def test_a_setup_data_list_without_end_is_refused() -> None:
     made.change_params(setup_data=NODES)
     with pytest.raises(KernelError, match=f"setup_data list at {NODES:#x}: no end"):
         enable(made)
+    assert made.facts("cpuid", "rdmsr") == []  # it is the first thing that is looked at
 
 
 def test_a_long_setup_data_list_is_followed_to_its_end() -> None:
@@ -129,11 +131,11 @@ def test_sev_status_is_read_in_every_case(line: bytes, smee: bool) -> None:
 
 
 @pytest.mark.req("LB-5")
-@pytest.mark.parametrize(("sev_status", "read"), [(1, 1), (0, 1), (2, 1)])
-def test_in_a_guest_syscfg_stays_unread(sev_status: int, read: int) -> None:
+@pytest.mark.parametrize("sev_status", [0, 1, 2, 3, 7])
+def test_in_a_guest_syscfg_stays_unread(sev_status: int) -> None:
     made = guest(sev_status)
     enable(made)
-    assert made.facts("rdmsr") == [SEV_STATUS] * read
+    assert made.facts("rdmsr") == [SEV_STATUS]
 
 
 @pytest.mark.req("LB-4", "LB-10")

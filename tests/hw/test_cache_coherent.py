@@ -4,6 +4,7 @@ import pytest
 
 from cbit.hw.machine import Machine
 from cbit.hw.memory import SLOT_HOST, SLOT_NONE
+from cbit.hw.memory.controller import NoKeyError
 from cbit.hw.trace import Event
 from cbit.hw.types import PAGE_SIZE
 
@@ -81,6 +82,17 @@ def test_no_sequence_is_a_hazard(machine: Machine) -> None:
     assert machine.caches.hazards_met == []
 
 
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_whole_pages_are_stored_without_reading_them(
+    machine: Machine, pages: int
+) -> None:
+    # ASID 4 has no key: a fill would raise, and only the write-back needs one.
+    machine.bus.store(PAGE, b"x" * pages * PAGE_SIZE, 5)
+    assert machine.bus.load(PAGE, pages * PAGE_SIZE, 5) == b"x" * pages * PAGE_SIZE
+    with pytest.raises(NoKeyError, match="key slot 5"):
+        machine.caches.drain()
+
+
 # --- flushes
 
 
@@ -142,6 +154,7 @@ def test_whoever_holds_views_is_told_before_they_go_bad(machine: Machine) -> Non
     endings = {
         "another tag": lambda: machine.bus.load(PAGE, 1, SLOT_NONE),
         "clflush": lambda: caches.flush_line(SLOT_HOST, PAGE),
+        "vm page flush": lambda: caches.flush_page(SLOT_HOST, PAGE),
         "wbinvd": caches.write_back_invalidate,
         "drain": caches.drain,
         "evict": lambda: caches.evict(1.0),
@@ -154,6 +167,17 @@ def test_whoever_holds_views_is_told_before_they_go_bad(machine: Machine) -> Non
         end()
         assert told, name
         assert caches.page_view(SLOT_HOST, NUMBER, write=True) is None, name
+
+
+def test_every_page_and_tag_has_a_view_of_its_own(machine: Machine) -> None:
+    slots = {page: page % 2 for page in range(8)}
+    for page, slot in slots.items():
+        machine.bus.store(page * PAGE_SIZE, bytes([page]) * PAGE_SIZE, slot)
+    for _ in range(2):
+        for page, slot in slots.items():
+            view = machine.caches.page_view(slot, page, write=False)
+            assert view is not None
+            assert bytes(view) == bytes([page]) * PAGE_SIZE
 
 
 def test_the_other_tag_has_no_view_of_the_page(machine: Machine) -> None:

@@ -231,10 +231,16 @@ def test_a_store_of_some_bytes_merges_with_what_dram_decrypts_to(
     assert machine.snoop(PAGE, LINE) == enciphered(machine, PAGE, merged)
 
 
-def test_a_whole_line_is_stored_without_reading_it(machine: Machine) -> None:
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [(0, LINE), (LINE, 5 * LINE), (0, 2 * PAGE_SIZE), (PAGE_SIZE - LINE, 2 * LINE)],
+)
+def test_whole_lines_are_stored_without_reading_them(
+    machine: Machine, start: int, length: int
+) -> None:
     # ASID 4 has no key: a fill would raise, and only the write-back needs one.
-    machine.bus.store(PAGE, SECRET, 5)
-    assert machine.bus.load(PAGE, LINE, 5) == SECRET
+    machine.bus.store(PAGE + start, b"x" * length, 5)
+    assert machine.bus.load(PAGE + start, length, 5) == b"x" * length
 
 
 def test_a_view_to_write_needs_every_line_dirty(machine: Machine) -> None:

@@ -286,6 +286,24 @@ def test_where_t8_and_t9_are_0_blocks_256_bytes_apart_look_alike(
     assert engine.encrypt(0x1400, PLAIN) != at_p
 
 
+@pytest.mark.req("MC-16", "MC-26")
+def test_an_xex_constant_falls_to_a_search() -> None:
+    # SEVurity III-B: for the right t, a block moved from p to p ^ 1 << bit and
+    # XORed with t reads as m ^ t. The real search has 2^32 steps, this one 2^12.
+    p, bit = 0x5000, 20
+    stored = XEX.encrypt(p, PLAIN)
+    known = ZEN1_CONSTANTS[bit][:4]
+    guesses = (
+        known[:2] + bytes([known[2] & 0xF0 | n >> 8, n & 0xFF]) for n in range(4096)
+    )
+    found = [
+        t
+        for t in guesses
+        if XEX.decrypt(p ^ 1 << bit, xor(stored, t * 4)) == xor(PLAIN, t * 4)
+    ]
+    assert found == [known]
+
+
 def test_an_unknown_profile_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(CallerError) as refusal:
         profile_named("zen9")

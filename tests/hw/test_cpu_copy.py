@@ -225,6 +225,19 @@ def test_neighbours_in_one_page_under_two_tags(length: int, gap: int) -> None:
         )
 
 
+def test_long_neighbours_under_two_tags_share_a_page() -> None:
+    # The target's pages leave the other tag in a long run; the last bytes of the
+    # source lie in the first of them.
+    bench = Bench()
+    bench.tables.map(LARGE + (2 << 21), 0x40_0000 | LARGE_RW, 21)
+    plain, length = LARGE + (2 << 21), 80 * PAGE
+    bench.cpu.store(LARGE, TEXT[: 2 * length])
+    for target, source in ((length + 50, 30), (10, length + 50)):
+        data = bench.cpu.load(LARGE + source, length)
+        bench.cpu.copy(plain + target, LARGE + source, length)
+        assert bench.cpu.load(plain + target, length) == data
+
+
 # --- faults on the way
 
 

@@ -25,6 +25,7 @@ from .test_paging_witness import (
     CR4_PGE,
     CR4_SMAP,
     LARGE_RW,
+    NX,
     PAGE,
     PAGE_RW,
     RW,
@@ -83,6 +84,12 @@ class Bench:
                 cpu.store64(va, cpu.load64(va))
                 cpu.store(va + 8, cpu.load(va + 8, 8))
             assert cpu.load64(va) == value
+
+    def walk_often(self) -> None:
+        """Walk to three neighbours until there is nothing left to learn of the way."""
+        for va in [PLAIN, PRIVATE, ALIAS] * 3:
+            self.cpu.translate(va)
+            self.cpu.invlpg(va)
 
 
 LOADS: dict[str, Callable[[Cpu, int], int]] = {
@@ -199,6 +206,19 @@ def test_a_walk_for_the_dirty_bit_moves_loads_as_well() -> None:
     redirect(bench)
     bench.cpu.store64(PLAIN + 8, 5)
     assert bench.cpu.load64(PLAIN) == NEW
+
+
+def test_a_walk_for_a_fetch_moves_loads_and_stores_as_well() -> None:
+    bench = Bench()
+    bench.tables.write(PLAIN, 12, FRAME | FLAGS | NX)
+    bench.cpu.invlpg(PLAIN)
+    bench.warm()
+    redirect(bench)
+    assert bench.cpu.load64(PLAIN) == OLD
+    bench.cpu.fetch(PLAIN, 8)  # refused by what is kept, so it walks
+    bench.cpu.store64(PLAIN + 8, 5)
+    assert bench.cpu.load64(PLAIN) == NEW
+    assert bench.machine.bus.load(OTHER + 8, 1, SLOT_NONE) == b"\x05"
 
 
 # --- the mode changes
@@ -462,7 +482,7 @@ def test_a_walk_sees_an_entry_stored_a_moment_ago(
 @pytest.mark.parametrize("shift", [12, 21, 30, 39])
 def test_a_walk_sees_what_a_device_did_to_a_table_after_a_flush(shift: int) -> None:
     bench = Bench()
-    bench.warm()
+    bench.walk_often()
     slot = bench.tables.slot(PLAIN, shift)
     bench.cpu.wbinvd()
     bench.machine.dram.cells[slot] = 0
@@ -479,7 +499,7 @@ def test_a_walk_sees_that_a_table_was_rewritten_through_the_other_c_bit(
     shift: int,
 ) -> None:
     bench = Bench()
-    bench.warm()
+    bench.walk_often()
     slot = bench.tables.slot(PLAIN, shift)
     bench.machine.bus.store(slot, bytes(8), SLOT_HOST)
     engine = bench.machine.controller.engine(SLOT_HOST)

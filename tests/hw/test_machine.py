@@ -106,7 +106,7 @@ def test_the_policy_may_be_a_word_or_the_enum() -> None:
             machine.bus.load(PAGE, 1, SLOT_NONE)
 
 
-@pytest.mark.req("CM-56")
+@pytest.mark.req("CM-50")
 def test_firmware_decides_on_syscfg_23() -> None:
     assert Machine(ram=4 << 20).smee
     assert not Machine(ram=4 << 20, smee=False).smee

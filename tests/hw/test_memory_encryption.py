@@ -72,6 +72,14 @@ def test_stores_through_c_0_are_stored_as_they_are(machine: Machine, cpu: Cpu) -
     assert machine.snoop(PAGE, 64) == TEXT
 
 
+@pytest.mark.req("WP-16")
+def test_before_paging_every_access_is_plain(machine: Machine) -> None:
+    assert machine.smee
+    machine.cpu.store(PAGE, TEXT)
+    machine.cpu.wbinvd()
+    assert machine.snoop(PAGE, 64) == TEXT
+
+
 @pytest.mark.req("MC-32")
 def test_dram_holds_the_old_bytes_until_the_line_leaves(
     machine: Machine, cpu: Cpu

@@ -91,7 +91,7 @@ class Campaign:
             self.dram.cells.data[place] = cells[place]
             self.model.dram[place] = cells[place]
         # Few places, so that tags meet.
-        self.hot = rng.sample(PAGES, 4)
+        self.hot = rng.sample(PAGES, 3)
 
     def run(self, steps: int) -> None:
         operations = [
@@ -331,7 +331,7 @@ class Campaign:
     # What the steps need
 
     def page(self) -> tuple[int, int]:
-        pages = self.hot if self.rng.random() < 0.8 else PAGES
+        pages = self.hot if self.rng.random() < 0.85 else PAGES
         return self.rng.choice(SLOTS), self.rng.choice(pages)
 
     def place(self) -> tuple[int, int, int]:

@@ -112,7 +112,7 @@ def test_the_bits_are_lost_with_syscfg_23_though_no_entry_uses_c() -> None:
     assert (fault.value.level, fault.value.address) == ("PDPT", 511 << 30)
 
 
-@pytest.mark.req("WP-12", "WP-17")
+@pytest.mark.req("WP-12", "WP-17", "BZ-2")
 @pytest.mark.parametrize(("model", "c_bit"), [("epyc-7551p", 47), ("epyc-9654", 51)])
 def test_the_c_bit_alone_is_exempt_and_its_place_comes_from_cpuid(
     model: str, c_bit: int

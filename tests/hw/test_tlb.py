@@ -102,6 +102,40 @@ def test_a_removed_table_is_not_missed_until_invlpg(shift: int) -> None:
         bench.read()
 
 
+def walked_often(bench: Bench, tables: Tables, frame: int) -> None:
+    """Map four pages frame after frame and walk to each of them twice."""
+    for page in range(0, 4 * PAGE, PAGE):
+        tables.map(VA + page, frame + page | PAGE_RW)
+    bench.cpu.write_cr3(tables.cr3)
+    for page in [*range(0, 4 * PAGE, PAGE)] * 2:
+        assert bench.cpu.translate(VA + page).pa == frame + page
+        bench.cpu.invlpg(VA + page)
+
+
+@pytest.mark.parametrize("shift", [39, 30, 21])
+def test_a_walk_reads_every_level_however_often_it_went_there(shift: int) -> None:
+    bench = Bench()
+    others = Tables(bench.machine, 0x18_0000)
+    walked_often(bench, others, NEW)
+    walked_often(bench, bench.tables, OLD)
+    bench.tables.write(VA, shift, others.read(VA, shift))
+    assert bench.cpu.translate(VA + PAGE).pa == NEW + PAGE
+    bench.tables.write(VA, shift, 0)
+    with pytest.raises(PageFault):
+        bench.cpu.translate(VA + 2 * PAGE)
+
+
+def test_address_spaces_take_turns() -> None:
+    bench = Bench()
+    others = Tables(bench.machine, 0x18_0000)
+    walked_often(bench, others, NEW)
+    walked_often(bench, bench.tables, OLD)
+    for _ in range(3):
+        for tables, frame in ((others, NEW), (bench.tables, OLD)):
+            bench.cpu.write_cr3(tables.cr3)
+            assert bench.cpu.translate(VA + PAGE).pa == frame + PAGE
+
+
 def test_a_missing_entry_is_never_kept() -> None:
     bench = Bench()
     bench.tables.map(VA, 0)
@@ -185,67 +219,6 @@ def test_invlpg_of_an_address_that_cannot_be_does_nothing() -> None:
     bench.cpu.invlpg(1 << 63)
     bench.cpu.invlpg(VA | 1 << 47)
     assert bench.read() == "old"
-
-
-# --- bulk accesses over a translation that is stale
-
-PAIR = bytes(2 * PAGE)
-
-
-def first_page_kept() -> Bench:
-    """Return a bench with two neighbours mapped, the first of them in the TLB."""
-    bench = Bench()
-    for page in (0, PAGE):
-        bench.tables.map(VA + page, OLD + page | PAGE_RW)
-    bench.cpu.store(VA, b"old")
-    return bench
-
-
-@pytest.mark.parametrize("store", [False, True], ids=["load", "store"])
-def test_a_bulk_access_writes_no_bit_into_an_entry_it_did_not_walk(store: bool) -> None:
-    bench = first_page_kept()
-    bench.tables.write(VA, 12, 0)
-    if store:
-        bench.cpu.store(VA, PAIR)
-    else:
-        bench.cpu.load(VA, 2 * PAGE)
-    assert bench.tables.read(VA) == 0
-
-
-def test_a_bulk_access_takes_no_data_page_for_a_table() -> None:
-    bench = first_page_kept()
-    bench.machine.bus.store(NEW, bytes(PAGE), 0)
-    bench.tables.write(VA, 21, NEW | LARGE_RW)
-    assert bench.cpu.load(VA, PAGE + 3) == bench.machine.bus.load(OLD, PAGE, 0) + b"new"
-    assert bench.machine.bus.load(NEW, PAGE, 0) == bytes(PAGE)
-
-
-@pytest.mark.parametrize("shift", [39, 30, 21])
-@pytest.mark.parametrize("bit", [P, RW], ids=["absent", "read-only"])
-def test_a_bulk_access_walks_for_every_page_that_is_not_kept(
-    shift: int, bit: int
-) -> None:
-    bench = first_page_kept()
-    bench.tables.write(VA, shift, bench.tables.read(VA, shift) & ~bit)
-    with pytest.raises(PageFault) as caught:
-        bench.cpu.store(VA, PAIR)
-    assert caught.value.address == VA + PAGE
-    assert bench.machine.bus.load(OLD, PAGE, 0) == bytes(PAGE), "the first page is done"
-
-
-@pytest.mark.parametrize("length", [2 * PAGE, 3 * PAGE])
-def test_a_bulk_access_uses_what_the_tlb_keeps_of_later_pages(length: int) -> None:
-    bench = Bench()
-    for page in range(3):
-        bench.tables.map(VA + page * PAGE, OLD + page * PAGE | PAGE_RW)
-    bench.read(VA + PAGE)
-    bench.tables.write(VA + PAGE, 12, NEW | PAGE_RW)
-    seen = bench.cpu.load(VA, length)
-    assert [seen[at : at + 3] for at in range(0, length, PAGE)] == (
-        [b"old"] * (length // PAGE)
-    )
-    bench.cpu.invlpg(VA + PAGE)
-    assert bench.cpu.load(VA, length)[PAGE : PAGE + 3] == b"new"
 
 
 # --- CR3, CR4, CR0, SYSCFG
@@ -457,6 +430,18 @@ def test_a_full_tlb_forgets_the_oldest_and_still_drops_large_pages_whole() -> No
     assert bench.cpu.translate(VA + 2 * PAGE).pa == (1 << 30) + 2 * PAGE
     bench.cpu.invlpg(VA)
     assert bench.cpu.translate(newest).pa == (1 << 30) + CAPACITY * PAGE
+
+
+def test_a_page_that_a_full_tlb_forgot_is_walked_to_by_loads_as_well() -> None:
+    bench = remapped()
+    assert bench.cpu.load64(VA) == int.from_bytes(b"old", "little")
+    others = VA + (1 << 30)
+    bench.tables.map(others, LARGE_RW, 30)
+    for page in range(CAPACITY):
+        bench.cpu.translate(others + page * PAGE)
+    bench.cpu.store(VA + 8, b"x")  # to the new frame
+    assert bench.read() == "new"
+    assert bench.cpu.load64(VA) == int.from_bytes(b"new", "little")
 
 
 def test_vector_a_tlb_by_itself() -> None:

@@ -180,10 +180,10 @@ SUPPORTED = {
     "ryzen-1800x": (True, 47, 48, 5),
     "ryzen-4800h": (True, 47, 48, 4),
     "ryzen-5950x": (True, 51, 48, 5),
-    "ryzen-6800hs": (False, 0, 48, 0),
+    "ryzen-6800hs": (True, 0, 48, 0),
     "ryzen-7950x": (True, 51, 48, 2),
 }
-"""SME usable, C-bit, width, reduction, from leaves 8000_0008 and 8000_001F of [ILX]."""
+"""SME bit, C-bit, width, reduction, from leaves 8000_0008 and 8000_001F of [ILX]."""
 
 
 @pytest.mark.req("PT-11", "BZ-2", "BZ-6")
@@ -199,7 +199,8 @@ def test_every_model_says_what_it_has(
         found["phys_bits"],
         found["reduction"],
     ) == SUPPORTED[name]
-    assert found["sme"]["active"] == found["sme"]["enabled"] == SUPPORTED[name][0]
+    usable = bool(found["c_bit"])  # firmware cannot enable a C-bit of 0
+    assert found["sme"]["active"] == found["sme"]["enabled"] == usable
 
 
 @pytest.mark.req("WP-28")

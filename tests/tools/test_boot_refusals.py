@@ -14,9 +14,10 @@ from cbit.tools.cli import run
 MIB = 1 << 20
 
 
-@pytest.fixture
-def folder(tmp_path: Path, real_kernel_path: Path) -> Path:
-    """A folder of files that are not what they should be."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, real_kernel_path: Path) -> Path:
+    """A folder of files that are not what they should be; nobody writes there."""
+    made = tmp_path_factory.mktemp("refused")
     with real_kernel_path.open("rb") as file:
         kernel = file.read(2 * MIB)
     for name, content in {
@@ -29,7 +30,6 @@ def folder(tmp_path: Path, real_kernel_path: Path) -> Path:
         "cut-in-the-payload": kernel,
         "elf-head-only": b"\x7fELF\x02\x01\x01" + bytes(57),
         "initrd-1": b"x",
-        "initrd-40M": bytes(40 * MIB),
         "dump-empty": b"",
         "dump-binary": bytes(100),
         "dump-text": b"nothing of a dump\n",
@@ -52,10 +52,12 @@ def folder(tmp_path: Path, real_kernel_path: Path) -> Path:
             b"CPUID 80000008: 00003030-010EB757-0000707F-00010007\n"
         ),
     }.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    return tmp_path
+        (made / name).write_bytes(content)
+    with (made / "initrd-40M").open("wb") as file:
+        file.truncate(40 * MIB)
+    (made / "folder").mkdir()
+    (made / "dangling").symlink_to(made / "nowhere")
+    return made
 
 
 # Arguments; {d} is the folder, {k} the real kernel. What the line must say.
@@ -76,7 +78,8 @@ REFUSED = [
     # Initial RAM disks
     ("--initrd {d}/missing", "{d}/missing: No such file or directory"),
     ("--initrd {d}/folder", "{d}/folder: Is a directory"),
-    ("--initrd {d}/empty", "{d}/empty: an initrd of 0 bytes"),
+    ("--initrd {d}/empty", "{d}/empty: empty; expected an initrd"),
+    ("--initrd /dev/zero", "/dev/zero: not a regular file; expected an initrd"),
     ("--initrd {d}/noise/below", "{d}/noise/below: Not a directory"),
     (
         "--ram 64M --initrd {d}/initrd-40M",
@@ -186,41 +189,65 @@ def test_misuse_is_one_line_and_exit_code_2(
     "broken", ["--ram 25M", "--kernel {d}/noise", "--initrd {d}/missing", "--la57"]
 )
 def test_a_refused_boot_leaves_an_old_file_as_it_was(
-    option: str, broken: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    option: str,
+    broken: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (folder / "out").write_bytes(b"old")
-    before = files(folder)
-    arguments = [*broken.format(d=folder).split(), option, str(folder / "out")]
-    refusal(arguments, capsys, code=1)
-    assert (folder / "out").read_bytes() == b"old"
-    assert files(folder) == before
+    old = tmp_path / "out"
+    old.write_bytes(b"old")
+    refusal([*broken.format(d=folder).split(), option, str(old)], capsys, code=1)
+    assert old.read_bytes() == b"old"
+    assert files(tmp_path) == {str(old): 3}
 
 
-def test_a_write_that_fails_half_way_leaves_no_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = files(folder)
+def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
     # A disk that is full: no file may grow beyond 1 MiB.
     script = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "from cbit.tools.cli import run\n"
-        f"sys.exit(run(['boot', '--json', '--dram-out', {str(folder / 'out')!r}]))"
+        f"sys.exit(run(['boot', '--json', '--dram-out', {str(out)!r}]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, check=False, text=True
     )
     assert done.returncode == 1
-    assert done.stderr == f"Error: {folder / 'out'}: File too large\n"
-    assert files(folder) == before
+    assert done.stderr == f"Error: {out}: File too large\n"
+    assert files(tmp_path) == {}
+
+
+def test_a_computer_too_small_for_the_machine_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "from cbit.tools.cli import run\n"
+        "sys.exit(run(['boot', '--ram', '64G']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=False, text=True
+    )
+    assert done.returncode == 1
+    said = "this computer's memory does not suffice"
+    assert done.stderr == f"Error: {said}: [Errno 12] Cannot allocate memory\n"
+
+    def too_much(*arguments: object, **options: object) -> None:
+        raise MemoryError("Unable to allocate 32.0 GiB")
+
+    monkeypatch.setattr("cbit.tools.boot.prepare", too_much)
+    assert refusal([], capsys, code=1) == f"{said}: Unable to allocate 32.0 GiB\n"
 
 
 @pytest.mark.parametrize("leaf", ["00000001-FFFFFFEF", "FFFFFFFF-FFFFFFFF"])
 def test_a_dump_full_of_nonsense_boots_without_sme(
-    leaf: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    leaf: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dump = folder / "nonsense"
+    dump = tmp_path / "nonsense"
     dump.write_text(
         "CPUID 00000000: 00000010-68747541-444D4163-69746E65\n"
         "CPUID 00000001: 00830F10-00800800-7ED8320B-178BFBFF\n"
@@ -230,7 +257,7 @@ def test_a_dump_full_of_nonsense_boots_without_sme(
         f"CPUID 8000001F: {leaf}-FFFFFFFF-FFFFFFFF\n"
     )
     assert run(["boot", "--cpu", str(dump), "--expect", "inactive"]) == 0
-    assert "SME: supported by CPUID: no" in capsys.readouterr().out
+    assert "SME: not active: " in capsys.readouterr().out
 
 
 def test_the_installed_command_refuses_in_one_line() -> None:
