@@ -89,6 +89,9 @@ class IdentityMapper:
     ) -> None:
         """Map frames [start, end) at `va`: 2 MiB entries, PTEs for unaligned ends.
 
+        An unaligned start is mapped up to the next 2 MiB, even where the range ends
+        before: so does Linux.
+
         Args:
             start, end: physical; a partial page at either end is mapped whole.
             va: virtual address of `start`; congruent to it modulo 2 MiB.
@@ -97,7 +100,7 @@ class IdentityMapper:
         offset = va - start
         va_end = va + end - start
         va &= -PAGE_SIZE
-        va = self._map_pages(va, min(_next_pmd(va), va_end), offset, pte_flags)
+        va = self._map_pages(va, _next_pmd(va), offset, pte_flags)
         while va_end - va >= PMD_SIZE:
             self._set_leaf(va, PMD_SHIFT, va - offset | int(pmd_flags))
             va += PMD_SIZE

@@ -243,7 +243,9 @@ def _copy_bootdata(
         cpu.copy(own_line, tables.direct_map(command_line), COMMAND_LINE_SIZE)
     sme_unmap_bootdata(tables, cpu, state, boot_params)
     line = cpu.load(own_line, COMMAND_LINE_SIZE).split(b"\0", 1)[0]
-    log.say(f"Command line: {line.decode('ascii', 'backslashreplace')}")
+    shown = line.decode("ascii", "backslashreplace")
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+    log.say(f"Command line: {shown}")
     return line
 
 

@@ -25,7 +25,6 @@ import numpy as np
 from ..trace import Trace
 from ..types import (
     CACHE_LINE_SIZE,
-    LINES_PER_PAGE,
     PAGE_SHIFT,
     PAGE_SIZE,
     PhysAddr,
@@ -41,6 +40,7 @@ from .line_store import (
     Index,
     LineStore,
     Words,
+    lines_to_masks,
     masks_to_lines,
     runs,
 )
@@ -245,11 +245,11 @@ class CacheHierarchy:
         for store, pages in dirty:
             self._traffic.write_back(store, pages, store.dirty[pages])
         # Lines dirty under several tags: whoever is drawn comes last.
+        last: dict[int, list[int]] = {}
         for line, slots in contested:
-            winner = self._stores[self._random.choice(slots)]
-            page, bit = divmod(line, LINES_PER_PAGE)
-            word = np.array([1 << bit], np.uint64)
-            self._traffic.write_back(winner, np.array([page], np.intp), word)
+            last.setdefault(self._random.choice(slots), []).append(line)
+        for slot, lines in last.items():
+            self._traffic.write_back(self._stores[slot], *lines_to_masks(lines))
         for store, pages in dirty:
             store.dirty[pages] = 0
 

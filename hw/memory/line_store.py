@@ -91,3 +91,12 @@ def masks_to_lines(pages: Index, masks: Words) -> Index:
     )
     which, line = np.nonzero(bits)
     return pages[which] * LINES_PER_PAGE + line
+
+
+def lines_to_masks(lines: list[int]) -> tuple[Index, Words]:
+    """Return pages and masks that name the lines: `masks_to_lines` the other way."""
+    pages, which = np.unique(np.array(lines) // LINES_PER_PAGE, return_inverse=True)
+    masks = np.zeros(pages.size, np.uint64)
+    bits = np.uint64(1) << (np.array(lines) % LINES_PER_PAGE).astype(np.uint64)
+    np.bitwise_or.at(masks, which, bits)
+    return pages, masks

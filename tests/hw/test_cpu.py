@@ -94,6 +94,7 @@ BORDERS = [
     ("2 MiB to 2 MiB, C=1 to C=0", (2 << 21) - 100, 300),
     ("2 MiB to 4 KiB", (3 << 21) - 7, 15),
     ("whole pages", (3 << 21), 2 * PAGE),
+    ("whole pages, frames not adjacent", (1 << 21) - 3 * PAGE, 2 * PAGE),
     ("nothing", (1 << 21) - 4, 0),
 ]
 
@@ -112,6 +113,8 @@ def test_bytes_cross_every_border(offset: int, length: int) -> None:
     assert quilt.cpu.load(va - 8, 8) == quilt.cpu.load(va + length, 8) == b"\xee" * 8
     quilt.cpu.store(va, memoryview(bytes(length)))
     assert quilt.cpu.load(va, length) == bytes(length)
+    quilt.cpu.store(va, b"first"[:length])
+    assert quilt.seen(va, length) == b"first".ljust(length, b"\0")[:length]
 
 
 @pytest.mark.parametrize("offset", range(-9, 3))
@@ -219,16 +222,18 @@ def test_stores_of_many_bytes_keep_the_pages_before_the_fault() -> None:
     assert machine.cpu.load(VA + 0xFF0, 16) == b"sixteen bytes or"
 
 
-def test_one_instruction_of_eight_bytes_stores_all_or_nothing() -> None:
+@pytest.mark.parametrize("offset", range(0xFF9, 0x1000))
+def test_one_instruction_of_eight_bytes_stores_all_or_nothing(offset: int) -> None:
     # MOV is restartable: a fault on its second page leaves the first untouched.
     machine, tables = half_mapped()
     machine.cpu.store64(VA + 0xFF8, 0)
-    with pytest.raises(PageFault):
-        machine.cpu.store64(VA + 0xFFC, (1 << 64) - 1)
+    with pytest.raises(PageFault) as caught:
+        machine.cpu.store64(VA + offset, (1 << 64) - 1)
+    assert caught.value.address == VA + PAGE
     assert machine.cpu.load64(VA + 0xFF8) == 0
     tables.write(VA + PAGE, 12, 0x20_1000 | PAGE_RW)
-    machine.cpu.store64(VA + 0xFFC, (1 << 64) - 1)
-    assert machine.cpu.load64(VA + 0xFFC) == (1 << 64) - 1
+    machine.cpu.store64(VA + offset, (1 << 64) - 1)
+    assert machine.cpu.load64(VA + offset) == (1 << 64) - 1
 
 
 # --- paging off

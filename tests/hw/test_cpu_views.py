@@ -273,6 +273,17 @@ def test_write_protect_is_seen_at_once(store: Callable[[Cpu, int], None]) -> Non
     assert bench.cpu.load64(PLAIN) == OLD
 
 
+def test_what_may_be_fetched_may_not_be_loaded_under_smap() -> None:
+    bench = Bench()
+    bench.warm()
+    bench.cpu.write_cr4(CR4_PAE | CR4_SMAP)
+    for act in (LOADS["load64"], LOADS["load"], *STORES.values()):
+        for _ in range(2):
+            assert bench.cpu.fetch(PLAIN, 8) == b"old_data"
+        with pytest.raises(PageFault):
+            act(bench.cpu, PLAIN)
+
+
 def test_a_store_view_gives_no_right_to_load_elsewhere() -> None:
     bench = Bench()
     bench.warm()

@@ -325,6 +325,17 @@ def test_low_bits_of_cr3_are_no_address() -> None:
     assert machine.cpu.read_cr3() == tables.cr3 | 0xFFF
 
 
+def test_one_walker_serves_several_roots() -> None:
+    machine, tables = mapped()
+    others = Tables(machine, 0x18_0000)
+    others.map(VA, FRAME + PAGE | PAGE_RW)
+    walker = PageWalker(machine.bus, LONG_4_LEVEL, AddressRules(43, C), Protection())
+    for _ in range(4):
+        assert walker.walk(tables.cr3, VA, int(Access.READ)).pa == FRAME
+        assert walker.walk(tables.cr3, VA, int(Access.WRITE)).pa == FRAME
+        assert walker.walk(others.cr3, VA, int(Access.READ)).pa == FRAME + PAGE
+
+
 # --- tables in odd places
 
 
