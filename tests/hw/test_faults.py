@@ -39,7 +39,7 @@ def test_vector_page_fault_error_code() -> None:
 
 def test_an_exception_without_an_error_code_prints_none() -> None:
     fault = InvalidOpcode("RDPRU is not offered")
-    assert fault.error_code is None
+    assert (fault.error_code, fault.reason) == (None, "RDPRU is not offered")
     assert str(fault) == "#UD: RDPRU is not offered"
 
 

@@ -112,6 +112,21 @@ def test_firmware_decides_on_syscfg_23() -> None:
     assert not Machine(ram=4 << 20, smee=False).smee
 
 
+@pytest.mark.parametrize(
+    ("ram", "below_4_gib", "above_4_gib"),
+    [(64 << 20, 64 << 20, 0), (3 * GIB, 3 * GIB, 0), (8 * GIB, 3 * GIB, 9 * GIB)],
+)
+def test_firmware_announces_where_ram_ends_on_every_core(
+    ram: int, below_4_gib: int, above_4_gib: int
+) -> None:
+    machine = Machine(ram=ram, cores=2)
+    for _ in range(2):
+        for cpu in machine.cpus:
+            assert cpu.rdmsr(0xC001_001A) == below_4_gib  # TOP_MEM
+            assert cpu.rdmsr(0xC001_001D) == above_4_gib  # TOP_MEM2
+        machine.reset()
+
+
 def test_cores_share_memory_and_have_msrs_of_their_own() -> None:
     machine = Machine(ram=4 << 20, cores=3)
     first, second, third = machine.cpus
