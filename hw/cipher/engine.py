@@ -112,6 +112,8 @@ class MemoryCipher:
     ) -> None:
         unit_size = source.shape[1]
         assert unit_size in (PAGE_SIZE, CACHE_LINE_SIZE)
+        # Every block stands alone: in ascending order memory is met in stretches.
+        units = np.sort(units)
         tweaks = self._tweaks.of_many(units.astype(np.uint64) * np.uint64(unit_size))
         shares = THREADS if units.size * unit_size >= SHARED_JOB_BYTES else 1
         per_batch = (BATCH_BYTES if shares == 1 else SHARED_BATCH_BYTES) // unit_size
@@ -155,23 +157,23 @@ class MemoryCipher:
         else:
             # Whole units as single items: taken with one memcpy each.
             item = f"V{unit_size}"
-            rows = data.view(item)
-            np.take(source.view(item).reshape(-1), units, out=rows, mode="clip")
+            taken = data.view(item)
+            np.take(source.view(item).reshape(-1), units, out=taken, mode="clip")
             self._whiten_input(data, tweaks, data, encrypt)
 
         context = space.encryptor if encrypt else space.decryptor
-        context.update_into(data.data.cast("B"), space.output.data)
-        result = space.output[:length].view(np.uint64)
-        whiten = self._whitens_output or not encrypt
+        output = space.output
         if contiguous:
-            into = target[first : first + count].reshape(-1).view(np.uint64)
-            if whiten:
-                np.bitwise_xor(result, tweaks, out=into)
-            else:
-                into[:] = result
-        else:
-            if whiten:
-                np.bitwise_xor(result, tweaks, out=result)
+            # Straight to where it belongs, so that the stores to memory overlap with
+            # AES. OpenSSL wants room for one block more and leaves it untouched.
+            rows = target[first : first + count + 1]
+            if len(rows) > count and rows.flags.c_contiguous:
+                output = rows.reshape(-1)[: length + BLOCK_SIZE]
+        context.update_into(data.data.cast("B"), output.data)
+        result = output[:length].view(np.uint64)
+        if self._whitens_output or not encrypt:
+            np.bitwise_xor(result, tweaks, out=result)
+        if output is space.output:
             target[units] = result.view(np.uint8).reshape(count, unit_size)
 
     def _whiten_input(

@@ -32,7 +32,7 @@ def test_a_tebibyte_costs_the_pages_that_are_touched() -> None:
     memory = SparseMemory(1 << 40)
     for pa in (0, 1 << 32, (1 << 40) - 1):
         memory.cells[pa] = 1
-    assert resident_bytes() - before < 4 << 20
+    assert resident_bytes() - before < 16 << 20  # the host's pages may have 2 MiB
 
 
 def test_released_pages_read_as_zeros_and_their_neighbours_stay() -> None:
