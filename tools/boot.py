@@ -8,9 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 
+from ..hw.arrays import Bytes
 from .arguments import INTEGER, SIZE
 from .boot_run import (
     DEFAULT_COMMAND_LINE,
@@ -92,7 +91,7 @@ def boot(
 
 def booted_dram(
     **options: Any,
-) -> tuple[int, Iterable[tuple[int, npt.NDArray[np.uint8]]]]:
+) -> tuple[int, Iterable[tuple[int, Bytes]]]:
     """Boot with the options of `cbit boot`; return the size of DRAM and its extents."""
     run = prepare(BootRequest(**options))
     run_boot(run)

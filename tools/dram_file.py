@@ -13,15 +13,15 @@ from types import TracebackType
 from typing import Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from ..hw.arrays import Bytes
 from ..hw.errors import CallerError, InputError
 from ..hw.types import PAGE_SIZE, PhysAddr, align_down, align_up
 from .output_file import output_file
 
-ByteArray: TypeAlias = npt.NDArray[np.uint8]
+ByteArray: TypeAlias = Bytes
 
-Extent: TypeAlias = tuple[int, ByteArray]
+Extent: TypeAlias = "tuple[int, ByteArray]"
 """A physical address and the bytes stored from there on."""
 
 CHUNK_SIZE = 1 << 20

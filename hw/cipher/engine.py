@@ -19,16 +19,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, modes
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 
+from ..arrays import Bytes, Index, Words
 from ..errors import CallerError
 from ..types import CACHE_LINE_SIZE, PAGE_SIZE
-from .tweak import BLOCK_SIZE, Tweaks, Words
-
-Bytes = npt.NDArray[np.uint8]
-Index = npt.NDArray[np.intp]
+from .tweak import BLOCK_SIZE, Tweaks
 
 BATCH_BYTES = 64 * PAGE_SIZE
 """How much one thread enciphers at once: buffers and tweaks stay in its L2 cache."""

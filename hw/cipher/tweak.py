@@ -17,12 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Words
 from ..errors import CallerError
 from ..types import PAGE_SIZE
-
-Words = npt.NDArray[np.uint64]
 
 BLOCK_SIZE = 16
 FIRST_BIT = 4

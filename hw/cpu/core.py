@@ -6,8 +6,8 @@ from collections.abc import Callable
 from struct import Struct
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Words
 from ..cpuid import CpuidLeaf, CpuModel
 from ..errors import CallerError, CbitError
 from ..faults import CpuException, GeneralProtection, PageFault
@@ -297,11 +297,11 @@ class Cpu:
         """Fetch instruction bytes: as a load, but NX and SMEP apply."""
         return self._load_slow(va, length, _FETCH)
 
-    def load_array(self, va: VirtAddr | int, count: int) -> npt.NDArray[np.uint64]:
+    def load_array(self, va: VirtAddr | int, count: int) -> Words:
         """Load `count` 64-bit words, one translation per page."""
         return np.frombuffer(self._load_slow(va, 8 * count, _READ), "<u8")
 
-    def store_array(self, va: VirtAddr | int, words: npt.NDArray[np.uint64]) -> None:
+    def store_array(self, va: VirtAddr | int, words: Words) -> None:
         """Store 64-bit words, one translation per page."""
         self._store_slow(va, np.ascontiguousarray(words, "<u8").data.cast("B"))
 

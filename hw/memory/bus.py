@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..arrays import Bytes
 from ..errors import CbitError
 from ..trace import Trace
 from ..types import PhysAddr
@@ -9,7 +10,6 @@ from .cache import CacheHierarchy
 from .controller import SLOT_NONE, MemoryController
 from .hazard import slot_name
 from .memory_map import MemoryMap, Region, RegionKind
-from .sparse import Bytes
 
 
 class NothingThere(CbitError):

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..arrays import Bytes, Index, Words
 from ..trace import Trace
 from ..types import (
     CACHE_LINE_SIZE,
@@ -37,14 +38,12 @@ from .line_store import (
     ALL,
     ALL_LINES,
     PAGES_PER_RELEASE,
-    Index,
     LineStore,
-    Words,
     lines_to_masks,
     masks_to_lines,
     runs,
 )
-from .sparse import Bytes, SparseMemory
+from .sparse import SparseMemory
 from .traffic import Traffic, contested_lines
 
 STRETCH_PAGES = 2048

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..arrays import Bytes
 from ..types import LARGE_PAGE_SIZE, PAGE_SIZE, PhysAddr
-from .sparse import PAGES_PER_REGION, Bytes, SparseMemory
+from .sparse import PAGES_PER_REGION, SparseMemory
 
 
 class Dram(SparseMemory):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Index, Words
 from ..types import LARGE_PAGE_SIZE, LINES_PER_PAGE, PAGE_SIZE
 from .sparse import PAGES_PER_REGION, SparseMemory
-
-Words = npt.NDArray[np.uint64]
-Index = npt.NDArray[np.intp]
 
 ALL_LINES = (1 << LINES_PER_PAGE) - 1
 """A page's 64 lines fill one 64-bit word: bit n is the line at 64 * n."""

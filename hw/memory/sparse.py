@@ -5,11 +5,9 @@ from __future__ import annotations
 import mmap
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Bytes
 from ..types import CACHE_LINE_SIZE, LARGE_PAGE_SIZE, PAGE_SIZE
-
-Bytes = npt.NDArray[np.uint8]
 
 MAP_NORESERVE = 0x4000
 """Linux's mmap flag; Python's mmap module does not name it in 3.11."""

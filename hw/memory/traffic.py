@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Bytes, Flags, Index, Words
 from .controller import SLOT_NONE, MemoryController
 from .dram import Dram
-from .line_store import ALL, Index, LineStore, Words, masks_to_lines, runs
-from .sparse import Bytes
+from .line_store import ALL, LineStore, masks_to_lines, runs
 
 
 class Traffic:
@@ -83,7 +82,7 @@ def contested_lines(
 
 def _by_size(pages: Index, masks: Words) -> tuple[Index, Index]:
     """Split into whole pages and single lines."""
-    whole: npt.NDArray[np.bool_] = masks == ALL
+    whole: Flags = masks == ALL
     if whole.all():
         return pages, pages[:0]
     return pages[whole], masks_to_lines(pages[~whole], masks[~whole])

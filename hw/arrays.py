@@ -1,0 +1,16 @@
+"""Types of numpy arrays, by what lies in them; for annotations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+Words: TypeAlias = "npt.NDArray[np.uint64]"
+Index: TypeAlias = "npt.NDArray[np.intp]"
+"""Numbers of pages or lines."""
+
+Flags: TypeAlias = "npt.NDArray[np.bool_]"
