@@ -166,6 +166,6 @@ class Machine:
         """Set TOP_MEM and TOP_MEM2 on every core, as firmware does."""
         for msrs in self.msrs:
             low, *high = [region.end for region in self.map.ram()[1:]]
-            msrs.set(TopMem.of(tom=low >> TOP_MEM_SHIFT))
+            msrs.set(TopMem.of(tom=-(-low >> TOP_MEM_SHIFT)))
             if high:
-                msrs.set(TopMem2.of(tom2=high[0] >> TOP_MEM_SHIFT))
+                msrs.set(TopMem2.of(tom2=-(-high[0] >> TOP_MEM_SHIFT)))
