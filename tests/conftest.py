@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Hooks of pytest, in force because they are names of this file.
 from .conformance.plugin import pytest_addoption as pytest_addoption
@@ -13,6 +14,11 @@ from .conformance.plugin import (
 from .conformance.plugin import pytest_configure as pytest_configure
 
 ROOT = Path(__file__).parents[1]
+
+# Machines are noisy: a slow example is no failure. `make soak` tries many more.
+settings.register_profile("cbit", deadline=None)
+settings.register_profile("soak", deadline=None, max_examples=5000)
+settings.load_profile("cbit")
 
 
 @pytest.fixture(scope="session")
