@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 
 from ..hw.errors import CallerError
-
-COMMAND_LINE_SIZE = 2048
-"""Longest command line with its NUL. Source: Linux 6.1.192 arch/x86 asm/setup.h."""
+from ..kernel.setup import COMMAND_LINE_SIZE
 
 _WORD = re.compile(rb"[^\x00-\x20]+")
 

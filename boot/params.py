@@ -15,8 +15,8 @@ from construct import Array, Bytes, Int8ul, Int16ul, Int32ul, Int64ul
 from ..hw.errors import CallerError, InputError
 from ..hw.layouts import layout
 from ..hw.types import PAGE_SIZE, PhysAddr, align_up
+from ..kernel.setup import BOOT_PARAMS_SIZE
 
-BOOT_PARAMS_SIZE = PAGE_SIZE
 E820_MAX_ENTRIES_ZEROPAGE = 128
 SETUP_HEADER_START = 0x1F1
 SETUP_HEADER_LIMIT = 0x290

@@ -16,9 +16,9 @@ from ..hw.errors import KernelError
 from ..hw.msr import SevStatus, Syscfg
 from ..hw.types import VirtAddr
 from ..kernel.cc import EncryptionState
-from .cmdline import COMMAND_LINE_SIZE, cmdline_find_option
+from ..kernel.setup import BOOT_PARAMS_SIZE, COMMAND_LINE_SIZE
+from .cmdline import cmdline_find_option
 from .params import (
-    BOOT_PARAMS_SIZE,
     SETUP_DATA_HEADER,
     BootParams,
     SetupDataType,

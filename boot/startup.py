@@ -19,8 +19,6 @@ from ..hw.types import PhysAddr, VirtAddr, align_up
 from ..kernel.cc import CcAttr, EncryptionState, cc_platform_has
 from ..kernel.early_pgtable import EarlyPageTables
 from ..kernel.mem_encrypt import (
-    BOOT_PARAMS_SIZE,
-    COMMAND_LINE_SIZE,
     mem_encrypt_init,
     sme_early_init,
     sme_map_bootdata,
@@ -28,6 +26,7 @@ from ..kernel.mem_encrypt import (
 )
 from ..kernel.pat import pat_init
 from ..kernel.pgtable import PMD_FLAGS_DEC
+from ..kernel.setup import BOOT_PARAMS_SIZE, COMMAND_LINE_SIZE
 from .early_tables import KernelData, share_bss_decrypted, startup_64_tables
 from .encrypt import Encrypted, sme_encrypt_kernel
 from .loader import HandOver

@@ -22,9 +22,7 @@ from .pgtable import (
     Page,
     encrypted,
 )
-
-COMMAND_LINE_SIZE = 2048
-BOOT_PARAMS_SIZE = 4096
+from .setup import BOOT_PARAMS_SIZE, COMMAND_LINE_SIZE
 
 PAT_TYPE_WP = 5
 

@@ -12,7 +12,7 @@ from random import Random
 
 from ...hw.errors import CallerError
 from ...hw.types import LARGE_PAGE_SIZE, PAGE_SIZE, PhysAddr, VirtAddr, align_up
-from ..cmdline import COMMAND_LINE_SIZE
+from ...kernel.setup import COMMAND_LINE_SIZE
 from .kernel import KernelImage, Segment
 from .layout import KernelLayout, Range, workarea_behind
 

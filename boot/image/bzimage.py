@@ -9,10 +9,10 @@ Source: Linux 6.1.192 Documentation/x86/boot.rst.
 
 from __future__ import annotations
 
+from ...kernel.setup import BOOT_PARAMS_SIZE
 from ..params import (
     BOOT_FLAG,
     BOOT_PARAMS,
-    BOOT_PARAMS_SIZE,
     HEADER_MAGIC,
     SETUP_HEADER_LIMIT,
     SETUP_HEADER_START,

@@ -9,7 +9,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from ...hw.types import PhysAddr, VirtAddr
-from ..cmdline import COMMAND_LINE_SIZE
+from ...kernel.setup import COMMAND_LINE_SIZE
 from .elf_layout import Section, find_layout
 from .kernel import KernelImage, Segment
 from .layout import KERNEL_MAPPING_SIZE

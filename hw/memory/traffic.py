@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..arrays import Bytes, Flags, Index, Words
@@ -24,39 +26,34 @@ class Traffic:
 
     def fill(self, store: LineStore, pages: Index, masks: Words) -> None:
         """Bring the lines that the masks of the pages name into the store."""
-        dram, data = self._dram, store.data
-        whole, lines = _by_size(pages, masks)
-        for units, source, target in (
-            (whole, dram.pages, data.pages),
-            (lines, dram.lines, data.lines),
-        ):
-            if not units.size:
-                continue
+        for units, cells, cached in self._places(store, pages, masks):
             if store.slot == SLOT_NONE:
-                _copy_units(units, source, target)
+                _copy_units(units, cells, cached)
             else:
-                engine = self._controller.engine(store.slot)
-                engine.decrypt_units(units, source, target)
+                self._controller.engine(store.slot).decrypt_units(units, cells, cached)
 
     def write_back(self, store: LineStore, pages: Index, masks: Words) -> None:
         """Take the lines that the masks of the pages name to DRAM."""
-        dram, data = self._dram, store.data
-        whole, lines = _by_size(pages, masks)
-        for first, end in runs(whole):
-            dram.expect_bulk(first, end)
-        for units, source, target in (
-            (whole, data.pages, dram.pages),
-            (lines, data.lines, dram.lines),
-        ):
-            if not units.size:
-                continue
+        for units, cells, cached in self._places(store, pages, masks):
+            if cells is self._dram.pages:
+                for first, end in runs(units):
+                    self._dram.expect_bulk(first, end)
             if store.slot == SLOT_NONE:
-                _copy_units(units, source, target)
+                _copy_units(units, cached, cells)
             else:
-                engine = self._controller.engine(store.slot)
-                engine.encrypt_units(units, source, target)
+                self._controller.engine(store.slot).encrypt_units(units, cached, cells)
         for first, end in runs(pages[masks != 0]):
-            dram.mark_written(first, end, store.slot)
+            self._dram.mark_written(first, end, store.slot)
+
+    def _places(
+        self, store: LineStore, pages: Index, masks: Words
+    ) -> Iterator[tuple[Index, Bytes, Bytes]]:
+        """Yield units with their rows in DRAM and in the store, pages before lines."""
+        whole, lines = _by_size(pages, masks)
+        if whole.size:
+            yield whole, self._dram.pages, store.data.pages
+        if lines.size:
+            yield lines, self._dram.lines, store.data.lines
 
 
 def contested_lines(

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbit.boot.cmdline import (
-    COMMAND_LINE_SIZE,
     cmdline_find_option,
     cmdline_find_option_bool,
 )
 from cbit.hw.errors import CallerError
+from cbit.kernel.setup import COMMAND_LINE_SIZE
 
 OPTION = b"mem_encrypt"
 BUFFER = 16  # what sme_enable() offers: Linux 6.1.192 mem_encrypt_identity.c

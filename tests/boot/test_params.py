@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from cbit.boot.params import (
     BOOT_PARAMS,
-    BOOT_PARAMS_SIZE,
     E820_ENTRY,
     SETUP_DATA_HEADER,
     BootParams,
@@ -21,6 +20,7 @@ from cbit.boot.params import (
 )
 from cbit.hw.errors import CallerError, InputError
 from cbit.hw.types import PhysAddr
+from cbit.kernel.setup import BOOT_PARAMS_SIZE
 
 # Offsets as zero-page.rst and boot.rst of Linux 6.1 print them, not as the code does.
 DOCUMENTED = """
