@@ -62,6 +62,7 @@ class Cpu:
 
     Attributes:
         cr2: address of the last page fault.
+        mmu: translates; for a native core that runs this one's code.
     """
 
     def __init__(
@@ -83,14 +84,14 @@ class Cpu:
         self._controller = controller
         self._trace = trace
         self._handlers: dict[int, ExceptionHandler] = {}
-        self._mmu = Mmu(bus, self._page_fault)
+        self.mmu = Mmu(bus, self._page_fault)
         # Bound once: the shortest way to a byte is the one taken most.
         self._load_views, self._store_views = (
-            self._mmu.load_views,
-            self._mmu.store_views,
+            self.mmu.load_views,
+            self.mmu.store_views,
         )
-        self._translate, self._runs = self._mmu.translate, self._mmu.runs
-        caches.hold_views(self._mmu.drop_views)
+        self._translate, self._runs = self.mmu.translate, self.mmu.runs
+        caches.hold_views(self.mmu.tags_changed)
         msrs.on_write(self._msr_written)
         self.reset()
 
@@ -99,15 +100,15 @@ class Cpu:
         self.cr2 = 0
         self._cr0 = Cr0(RESET_CR0)
         self._cr3 = Cr3(0)
-        self._mmu.root = 0
-        self._mmu.user = False
+        self.mmu.root = 0
+        self.mmu.user = False
         self._cr4 = Cr4(0)
         self._cpl = 0
         self._alignment_check = False
         self._handlers.clear()
         self._msrs.reset()
         self._enter_mode()
-        self._mmu.flush(keep_global=False)
+        self.mmu.flush(keep_global=False)
 
     # Identification and registers
 
@@ -177,7 +178,7 @@ class Cpu:
         self._msrs.set(efer.replace(lma=new.paging & efer.lme))
         self._enter_mode()
         if turned:
-            self._mmu.flush(keep_global=False)
+            self.mmu.flush(keep_global=False)
 
     def write_cr3(self, value: int) -> None:
         """MOV to CR3: address of the top table, its C-bit, PCID.
@@ -189,11 +190,11 @@ class Cpu:
             GeneralProtection: bits above the reduced physical width.
         """
         new = Cr3(value)
-        check_cr3(new, self._cr4, self._mmu.rules)
+        check_cr3(new, self._cr4, self.mmu.rules)
         self._note_cr(3, value)
         self._cr3 = new.replace(no_flush=0)
-        self._mmu.root = self._cr3.value
-        self._mmu.flush(keep_global=bool(self._cr4.pge))
+        self.mmu.root = self._cr3.value
+        self.mmu.flush(keep_global=bool(self._cr4.pge))
 
     def write_cr4(self, value: int) -> None:
         """MOV to CR4; a change of PGE, PAE, LA57, SMEP or PCIDE flushes the TLB.
@@ -209,7 +210,7 @@ class Cpu:
         self._cr4 = new
         self._enter_mode()
         if changed & _FLUSHING_CR4:
-            self._mmu.flush(keep_global=False)
+            self.mmu.flush(keep_global=False)
 
     @property
     def cpl(self) -> int:
@@ -221,8 +222,8 @@ class Cpu:
         if level not in (0, 3):
             raise CallerError(f"CPL {level}: 0 or 3 expected")
         self._cpl = level
-        self._mmu.user = level == 3
-        self._mmu.drop_views()
+        self.mmu.user = level == 3
+        self.mmu.drop_views()
 
     @property
     def alignment_check(self) -> bool:
@@ -333,7 +334,7 @@ class Cpu:
 
     def invlpg(self, va: VirtAddr | int) -> None:
         """INVLPG: drop the translations of the page that holds `va`, global or not."""
-        self._mmu.invlpg(va)
+        self.mmu.invlpg(va)
 
     def wbinvd(self) -> None:
         """WBINVD: write back and empty the caches."""
@@ -419,7 +420,7 @@ class Cpu:
             smep=bool(self._cr4.smep),
             smap=bool(self._cr4.smap) and not self._alignment_check,
         )
-        self._mmu.enter(
+        self.mmu.enter(
             layout if self._cr0.paging else None, self._address_rules(), protection
         )
 
@@ -443,7 +444,7 @@ class Cpu:
         elif index == Syscfg.ADDRESS:
             # Width and C-bit change what every cached translation means.
             self._enter_mode()
-            self._mmu.flush(keep_global=False)
+            self.mmu.flush(keep_global=False)
         elif index == VmPageFlush.ADDRESS:
             self._flush_guest_page(VmPageFlush(value))
 
@@ -453,7 +454,7 @@ class Cpu:
         Source: [APM2] 15.34.9: through the host's tables, for a supervisor page.
         """
         try:
-            found = self._mmu.probe(request.page << PAGE_SHIFT)
+            found = self.mmu.probe(request.page << PAGE_SHIFT)
         except PageFault as fault:
             raise GeneralProtection(
                 f"WRMSR VM_PAGE_FLUSH {request.value:#x}: {fault.reason}"

@@ -50,6 +50,7 @@ class Mmu:
     Attributes:
         rules: which bits of an entry are address, C-bit, reserved.
         root: CR3.
+        walker: reads page tables in this mode; None with paging off.
         user: accesses come from CPL 3.
         load_views, store_views: virtual page number to its 4096 bytes, for accesses
             that need no stage but this. Dropped whenever the mode, the TLB or a
@@ -66,7 +67,7 @@ class Mmu:
         self._bus = bus
         self._on_fault = on_fault
         self._tlb = Tlb()
-        self._walker: PageWalker | None = None
+        self.walker: PageWalker | None = None
 
     def enter(
         self, layout: Format | None, rules: AddressRules, protection: Protection
@@ -80,9 +81,9 @@ class Mmu:
         """
         self.rules = rules
         self.drop_views()
-        self._walker = None
+        self.walker = None
         if layout is not None:
-            self._walker = PageWalker(self._bus, layout, rules, protection)
+            self.walker = PageWalker(self._bus, layout, rules, protection)
 
     def flush(self, *, keep_global: bool) -> None:
         """Drop the TLB, or what is not global in it."""
@@ -99,11 +100,15 @@ class Mmu:
         self.store_views.pop(page, None)
 
     def drop_views(self) -> None:
-        """Forget views of pages and of page tables."""
+        """Forget views of pages: a mode or a translation changed."""
         self.load_views.clear()
         self.store_views.clear()
-        if self._walker is not None:
-            self._walker.drop_views()
+
+    def tags_changed(self) -> None:
+        """Forget views of pages and of page tables: cached lines left."""
+        self.drop_views()
+        if self.walker is not None:
+            self.walker.drop_views()
 
     def translate(self, va: int, access: int) -> Translation:
         """Return the translation of an access; fills the TLB.
@@ -116,7 +121,7 @@ class Mmu:
             PageFault: and nobody cured it.
             GeneralProtection: not canonical, or over 32 bits with paging off.
         """
-        walker = self._walker
+        walker = self.walker
         if walker is None:
             if va >> 32:
                 raise GeneralProtection(f"address {va:#x}: 32 bits with paging off")
@@ -150,6 +155,26 @@ class Mmu:
             self._drop_view(gone)
         return found
 
+    def walk(self, va: int, access: int) -> Translation:
+        """Translate for a core that has a TLB of its own; this one is left alone.
+
+        Args:
+            va: any address.
+            access: bits of `Access`, USER among them.
+
+        Raises:
+            PageFault: not mapped, or refused.
+            GeneralProtection: as `translate`.
+        """
+        walker = self.walker
+        if walker is None:
+            return self.translate(va, access)
+        if not (0 <= va < walker.low_end or walker.high_start <= va < 1 << 64):
+            raise GeneralProtection(
+                f"address {va:#x} is not canonical with {walker.format.name} paging"
+            )
+        return walker.walk(self.root, va, access)
+
     def probe(self, va: int) -> Translation:
         """Translate for a supervisor read that no handler sees and no TLB keeps.
 
@@ -160,7 +185,7 @@ class Mmu:
         held = self._tlb.entries.get(va >> PAGE_SHIFT)
         if held is not None:
             return held
-        walker = self._walker
+        walker = self.walker
         if walker is None or not walker.format.is_canonical(va):
             return self.translate(va, 0)
         return walker.walk(self.root, va, 0)
@@ -188,16 +213,16 @@ class Mmu:
             self.invlpg(va)
             if not self._on_fault(fault):
                 raise fault
-            assert self._walker is not None
+            assert self.walker is not None
             try:
-                return self._walker.walk(self.root, va, access)
+                return self.walker.walk(self.root, va, access)
             except PageFault as again:
                 fault = again
         raise CbitError(f"#PF at {va:#x}: still faulting after {MAX_RETRIES} retries")
 
     def _more_pages(self, va: int, leaf: Translation, access: int, length: int) -> int:
         """Return how many bytes behind the page of `va` may join its run."""
-        assert self._walker is not None
+        assert self.walker is not None
         page = va >> PAGE_SHIFT
         end = page + 1 + (length + PAGE_SIZE - 1 >> PAGE_SHIFT)
         # What the TLB holds counts, stale or not.
@@ -209,4 +234,4 @@ class Mmu:
         if self.user:
             access |= USER
         root = self.root
-        return self._walker.extend(root, va, leaf, access, end - page) - 1 << PAGE_SHIFT
+        return self.walker.extend(root, va, leaf, access, end - page) - 1 << PAGE_SHIFT

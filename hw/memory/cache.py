@@ -207,6 +207,22 @@ class CacheHierarchy:
             if other is not store
         )
 
+    def line_store(self, slot: int) -> LineStore:
+        """Return the lines of a slot, for a core that maps them; made on first use."""
+        return self._store(slot)
+
+    def page_is_plain(self, slot: int, page: int, *, write: bool) -> bool:
+        """Tell whether every access to the page is a hit that changes no state."""
+        return self._is_plain(slot, page, write)
+
+    def others_hold(self, slot: int, first: int, end: int) -> bool:
+        """Tell whether another tag has valid lines in pages [first, end)."""
+        return any(
+            bool(other.valid[first:end].any())
+            for other in self._stores.values()
+            if other.slot != slot
+        )
+
     def hold_views(self, drop: Callable[[], None]) -> None:
         """Call `drop` whenever views given by `page_view` become invalid."""
         self._view_holders.append(drop)
@@ -396,13 +412,16 @@ class CacheHierarchy:
 
         On coherent parts every other tag's lines leave first.
         """
-        self._drop_views()
+        told = False
         for other in self._stores.values():
             if other is store:
                 continue
             pages = np.flatnonzero(other.valid[first:end]) + first
             if not pages.size:
                 continue
+            if not told:  # a view shows lines that some tag holds
+                self._drop_views()
+                told = True
             self.tag_changes += int(pages.size)
             if self._trace.active:
                 for run_first, run_end in runs(pages):

@@ -29,14 +29,20 @@ class Access(IntFlag):
     WRITE = int(PageFaultCode.WRITE)
     USER = int(PageFaultCode.USER)
     FETCH = int(PageFaultCode.FETCH)
+    LIFTED = 1 << 8
+    """Not in the error code: RFLAGS.AC is 1, so SMAP does not count."""
 
 
 WRITE = int(Access.WRITE)
 USER = int(Access.USER)
 FETCH = int(Access.FETCH)
+LIFTED = int(Access.LIFTED)
 
 WRITABLE, FOR_USER, EXECUTABLE = 1, 2, 4
 """Bits of `Translation.rights`."""
+
+MOST_ROOTS = 64
+"""Roots whose ways are remembered at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,14 @@ class Protection:
         if not user and rights & FOR_USER:
             if access & FETCH and self.smep:
                 return "user page, supervisor fetch under SMEP"
-            if not access & FETCH and self.smap:
+            if not access & (FETCH | LIFTED) and self.smap:
                 return "user page, supervisor access under SMAP"
         return ""
 
     def refused_pairs(self) -> frozenset[int]:
         """Return every refused pair as `rights | access << 3`."""
-        kinds = (0, WRITE, FETCH, USER, USER | WRITE, USER | FETCH)
+        plain = (0, WRITE, FETCH, USER, USER | WRITE, USER | FETCH)
+        kinds = (*plain, *(kind | LIFTED for kind in plain))
         return frozenset(
             rights | access << 3
             for rights in range(8)
@@ -150,15 +157,24 @@ class PageWalker:
         self._plain_slot, self._c_slot = bus.slot_for(False), bus.slot_for(True)
         self._last_step = steps[-1]
         self._tables: dict[int, memoryview] = {}
-        # Ways to page tables under one root, by va >> 21. A way counts only while the
+        # Ways to page tables by root and va >> 21. A way counts only while the
         # entries on it still read as they did: this is no paging-structure cache.
         self._paths: dict[int, tuple[Any, ...]] = {}
         self._paths_root = -1
+        self._paths_of: dict[int, dict[int, tuple[Any, ...]]] = {}
 
     def drop_views(self) -> None:
         """Forget the views of table pages; their tag may have changed."""
         self._tables.clear()
-        self._paths.clear()
+        self._paths_of.clear()
+        self._paths_root = -1
+
+    def _enter_root(self, root: int) -> None:
+        """Take up the ways that are remembered under a root."""
+        if len(self._paths_of) >= MOST_ROOTS:
+            self._paths_of.clear()
+        self._paths = self._paths_of.setdefault(root, {})
+        self._paths_root = root
 
     def walk(self, root: int, va: int, access: int) -> Translation:
         """Translate `va` and set A, and D for a store.
@@ -172,8 +188,7 @@ class PageWalker:
             PageFault: not present, reserved bit, or refused; with level and entry.
         """
         if root != self._paths_root:
-            self._paths.clear()
-            self._paths_root = root
+            self._enter_root(root)
         path = self._paths.get(va >> 21)
         if path is not None:
             a, i, x, b, j, y, c, k, z, table, key, granted, executable = path
@@ -314,7 +329,7 @@ class PageWalker:
     def _fault(
         self, va: int, access: int, step: _Step, entry: int, reason: str
     ) -> PageFault:
-        code = PageFaultCode(access)
+        code = PageFaultCode(access & ~LIFTED)
         if entry & 1:
             code |= PageFaultCode.PRESENT
         if reason == "reserved bit set":
