@@ -87,6 +87,13 @@ class PageFault(CpuException):
         self.entry = entry
         where = f" in {level}[{index}] = {entry:#018x}" if entry is not None else ""
         super().__init__(f"address {address:#x}: {reason}{where}", int(code))
+        self.cause = reason
+
+    def at(self, address: int) -> PageFault:
+        """Return the same fault for another byte of the page."""
+        return PageFault(
+            address, self.code, self.cause, self.level, self.index, self.entry
+        )
 
 
 class VmmCommunication(CpuException):

@@ -77,7 +77,7 @@ class Cpu:
     ) -> None:
         self.index = index
         self.model = model
-        self._msrs = msrs
+        self.msrs = msrs
         self._bus = bus
         self._caches = caches
         self._readable = caches.readable
@@ -106,7 +106,7 @@ class Cpu:
         self._cpl = 0
         self._alignment_check = False
         self._handlers.clear()
-        self._msrs.reset()
+        self.msrs.reset()
         self._enter_mode()
         self.mmu.flush(keep_global=False)
 
@@ -133,7 +133,7 @@ class Cpu:
         Raises:
             GeneralProtection: no such register, or it cannot be read.
         """
-        value = self._msrs.read(index)
+        value = self.msrs.read(index)
         if self._trace.active:
             self._trace.emit("rdmsr", index=index, value=value)
         return value
@@ -144,7 +144,7 @@ class Cpu:
         Raises:
             GeneralProtection: no such register, read-only, or reserved bits.
         """
-        self._msrs.write(index, value, paging=bool(self._cr0.paging))
+        self.msrs.write(index, value, paging=bool(self._cr0.paging))
         if self._trace.active:
             self._trace.emit("wrmsr", index=index, value=value)
 
@@ -168,14 +168,14 @@ class Cpu:
             UnmodelledMode: paging outside long mode.
         """
         new = Cr0(value)
-        efer = self._msrs.get(Efer)
+        efer = self.msrs.get(Efer)
         check_cr0(self._cr0, new, self._cr4, efer)
         if new.paging and not efer.lme:
             raise UnmodelledMode(f"MOV CR0 {value:#x}: paging with EFER.LME = 0")
         self._note_cr(0, value)
         turned = new.paging != self._cr0.paging
         self._cr0 = kept_cr0(new)
-        self._msrs.set(efer.replace(lma=new.paging & efer.lme))
+        self.msrs.set(efer.replace(lma=new.paging & efer.lme))
         self._enter_mode()
         if turned:
             self.mmu.flush(keep_global=False)
@@ -203,7 +203,7 @@ class Cpu:
             GeneralProtection: reserved bits, or a feature that CPUID does not offer.
         """
         new = Cr4(value)
-        long_mode = bool(self._msrs.get(Efer).lma)
+        long_mode = bool(self.msrs.get(Efer).lma)
         check_cr4(self._cr4, new, self._cr3, self.model, long_mode=long_mode)
         self._note_cr(4, value)
         changed = new.value ^ self._cr4.value
@@ -224,6 +224,13 @@ class Cpu:
         self._cpl = level
         self.mmu.user = level == 3
         self.mmu.drop_views()
+
+    def enter_privilege(self, level: int, *, alignment_check: bool) -> None:
+        """Take over CPL and RFLAGS.AC from a core that runs machine code."""
+        if level != self._cpl:
+            self.cpl = level
+        if alignment_check != self._alignment_check:
+            self.alignment_check = alignment_check
 
     @property
     def alignment_check(self) -> bool:
@@ -432,10 +439,10 @@ class Cpu:
         model = self.model
         width, c_mask = model.phys_bits, 0
         encryption = model.memory_encryption
-        if self._msrs.get(Syscfg).mem_encrypt and encryption.usable:
+        if self.msrs.get(Syscfg).mem_encrypt and encryption.usable:
             width = encryption.phys_bits_with_sme
             c_mask = 1 << encryption.c_bit
-        no_execute = bool(self._msrs.get(Efer).nxe)
+        no_execute = bool(self.msrs.get(Efer).nxe)
         return AddressRules(width, c_mask, no_execute, model.page_1gb)
 
     def _msr_written(self, index: int, value: int) -> None:
@@ -461,11 +468,15 @@ class Cpu:
             ) from None
         self._bus.flush_page(found.pa, slot_of_asid(request.asid))
 
-    def _page_fault(self, fault: PageFault) -> bool:
-        """Set CR2 and call the handler; tell whether it cured the fault."""
+    def note_page_fault(self, fault: PageFault) -> None:
+        """Set CR2 and tell the trace."""
         self.cr2 = fault.address
         if self._trace.active:
             self._trace.emit("page-fault", va=fault.address, code=int(fault.code))
+
+    def _page_fault(self, fault: PageFault) -> bool:
+        """Set CR2 and call the handler; tell whether it cured the fault."""
+        self.note_page_fault(fault)
         handler = self._handlers.get(PageFault.vector)
         if handler is None:
             return False

@@ -27,6 +27,7 @@ CPL_MASK = 3
 INHIBIT_IRQ = 1 << 3
 SS32, CS32, ADDSEG, CS64, GUEST = 1 << 5, 1 << 4, 1 << 6, 1 << 15, 1 << 21
 INTERRUPT_HARD = 1 << 1
+RFLAGS_RF = 1 << 16
 
 # Offsets from the start of the processor state (`env`).
 _REGS, _RIP, _EFLAGS = 0, 128, 136

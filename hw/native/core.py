@@ -1,0 +1,430 @@
+"""A core that executes machine code over the same machine as the Python core.
+
+The engine (Unicorn) translates and runs instructions. Everything that has a meaning of
+its own is asked of the machine: page walks of hw/paging, tags of hw/memory, registers
+of hw/msr and hw/cpuid through the machine's `Cpu`, devices of hw/devices. Control
+registers and MSRs are shared with that `Cpu`: after a run it goes on where the machine
+code stopped.
+
+Time comes from the executed code (block_clock.py), so a run repeats to the event: same
+machine, same seed, same input, same result. HLT jumps to the next timer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from ..devices import Platform
+from ..errors import CbitError
+from ..faults import CpuException, InvalidOpcode, PageFault
+from ..machine import Machine
+from .block_clock import BlockClock
+from .bulk import Bulk
+from .delivery import IF, WITH_ERROR_CODE, Delivery, TripleFault
+from .engine import (
+    ERR_EXCEPTION,
+    HOOK_INSN,
+    HOOK_INSN_INVALID,
+    HOOK_INTR,
+    INS_IN,
+    INS_OUT,
+    INS_SYSCALL,
+    INTERRUPT,
+    INVALID,
+    OK,
+    PORT_IN,
+    PORT_OUT,
+    SYSCALL,
+    Engine,
+)
+from .exits import (
+    ENGINE_OWNED,
+    LSTAR,
+    SFMASK,
+    STAR,
+    Exits,
+)
+from .fill import NativeFailure, TlbFiller
+from .instruction import InstructionReader
+from .memory import NativeMemory
+from .state import CS, R11, RCX, RFLAGS_RF, SS, EngineState
+
+TSC_HZ = 1_000_000_000
+"""The time-stamp counter counts the clock's nanoseconds."""
+
+PORT_ACCESS_NS = 1_000
+"""An access to an ISA port takes about a microsecond."""
+
+LONGEST_SLICE_NS = 4_000_000
+"""How long code may run before the host is looked at: time-out, input, signals."""
+
+CODE_64 = 0x00AF_9B00_0000_FFFF
+DATA_64 = 0x00CF_9300_0000_FFFF
+_NEVER = 1 << 62
+
+
+class Ending(Enum):
+    """Why a run ended."""
+
+    STOPPED = "stopped"
+    HALTED = "halted"
+    SHUTDOWN = "shutdown"
+    RESET = "reset"
+    TIMEOUT = "timeout"
+    FAULT = "fault"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The end of a run: why, and in words."""
+
+    ending: Ending
+    reason: str = ""
+
+
+class NativeCore:
+    """Executes machine code on the boot core of a machine.
+
+    Args:
+        machine: shared; its `cpu` holds control registers and MSRs.
+        platform: the devices, clock and interrupt controllers.
+
+    Attributes:
+        exceptions: delivered events by vector, interrupts left out.
+        interrupts: delivered interrupts.
+        every_slice: called between slices of code; may ask to stop.
+
+    Raises:
+        EngineError: the engine is missing or not the build that is known.
+    """
+
+    def __init__(self, machine: Machine, platform: Platform) -> None:
+        self.machine = machine
+        self.platform = platform
+        self.exceptions: Counter[int] = Counter()
+        self.interrupts = 0
+        self.every_slice: Callable[[], None] = lambda: None
+        self.before_idle: Callable[[int], None] = lambda nanoseconds: None
+        self._stop: Stop | None = None
+        self._failure: BaseException | None = None
+        self._skipped = 0
+        self._slice_end = 0
+        self._host_deadline = float("inf")
+        self._tsc_offset = 0
+
+        cpu = machine.cpu
+        self._cpu = cpu
+        self.engine = Engine()
+        self.state = EngineState(self.engine)
+        self.memory = NativeMemory(self.engine, machine)
+        for c_bit in (False, True):
+            self.memory.add_slot(machine.controller.slot_for(c_bit))
+        self._bulk = Bulk(self.state, cpu)
+        self.filler = TlbFiller(
+            self.engine, self.state, self.memory, cpu, machine.caches, self._bulk
+        )
+        self.reader = InstructionReader(
+            self.state, cpu, machine.bus, lambda: self.filler.fetched
+        )
+        self._bulk.code_at = self.reader.code_at
+        self._delivery = Delivery(self.state, cpu, machine.bus, self._noted)
+        self.exits = Exits(
+            self.engine,
+            self.state,
+            cpu,
+            self.filler,
+            self.reader,
+            halt=self._halt,
+            interrupt=self._take_interrupt,
+            tsc=self._read_tsc,
+            task_priority=self._task_priority,
+        )
+        self.block_clock = BlockClock(self.engine, self._guarded(self._slice_over))
+        self._install_hooks()
+        for index in ENGINE_OWNED:
+            cpu.msrs.serve(
+                index,
+                lambda index=index: self.exits.read_engine_msr(index),
+                lambda value, index=index: self.exits._tell_engine(index, value),
+            )
+        platform.interrupts.on_change = self._interrupt_line
+        platform.on_request = self._platform_request
+
+    # Entering and running
+
+    def enter(
+        self,
+        rip: int,
+        *,
+        rsp: int = 0,
+        rsi: int = 0,
+        rdi: int = 0,
+        gdt_base: int = 0,
+        gdt_limit: int = 0,
+    ) -> None:
+        """Take over from the Python core: its mode, these registers, flat segments."""
+        state = self.state
+        self.exits.enter_state()
+        for index, value in ((4, rsp), (6, rsi), (7, rdi)):
+            state.regs[index] = value
+        self._delivery.enter_segment(0x10, CODE_64, 0)
+        for segment in (0, SS, 3, 4, 5):
+            state.segments[segment].load(0x18, 0, 0xFFFF_FFFF, 0x00CF_9300)
+        state.segments[8].load(0, gdt_base, gdt_limit, 0)
+        state.segments[9].load(0, 0, 0, 0)
+        state.rflags = 2
+        state.rip = rip
+
+    def run(self, timeout: float | None = None) -> Stop:
+        """Execute until something ends the run.
+
+        Args:
+            timeout: host seconds.
+
+        Raises:
+            NativeFailure: something is not emulated.
+        """
+        self._stop = self._failure = None
+        self._host_deadline = (
+            float("inf") if timeout is None else time.monotonic() + timeout
+        )
+        self._new_slice()
+        while self._stop is None:
+            self.filler.pending = None
+            error = self.engine.start(self.state.rip)
+            failure = self._failure or self.filler.failure
+            if failure is not None:
+                self.filler.failure = None
+                if isinstance(failure, TripleFault):
+                    return Stop(Ending.FAULT, str(failure))
+                raise failure
+            if error == ERR_EXCEPTION:
+                try:
+                    self._refused()
+                except TripleFault as shutdown:
+                    return Stop(Ending.FAULT, str(shutdown))
+            elif error != OK:
+                raise NativeFailure(
+                    f"the engine stopped with error {error} at {self.state.rip:#x}"
+                )
+        self._sync_clock()
+        self._cpu.mmu.flush(keep_global=False)
+        self._cpu.cpl = 3 if self.state.cpl else 0
+        return self._stop
+
+    def stop(self, reason: str = "") -> None:
+        """End the run at the next block; may be called from any callback."""
+        self._end(Stop(Ending.STOPPED, reason))
+
+    def close(self) -> None:
+        """Give the engine back."""
+        self.engine.close()
+
+    def _end(self, stop: Stop) -> None:
+        if self._stop is None:
+            self._stop = stop
+        self.engine.stop()
+
+    def _refused(self) -> None:
+        """A fill was refused: deliver the fault, or do the long instruction."""
+        pending = self.filler.pending
+        if pending is TlbFiller.BULK:
+            operation = self._bulk.decode()
+            if operation is None:
+                raise NativeFailure("a string instruction changed under way")
+            cpu = self._cpu
+            cpu.mmu.flush(keep_global=False)
+            cpu.enter_privilege(
+                self.state.cpl, alignment_check=bool(self.state.system_flags >> 18 & 1)
+            )
+            target, length = self._bulk.perform(operation)
+            self.block_clock.charge(length >> 4)
+            self._note_stored(target, length)
+            if not length:
+                self.filler.skip_bulk = True
+        elif isinstance(pending, CpuException):
+            if isinstance(pending, PageFault):
+                pending = pending.at(self.state.fault_address)
+            self._delivery.fault(pending)
+        else:
+            raise NativeFailure(f"a fill failed without a reason, {self.state.rip:#x}")
+
+    def _note_stored(self, va: int, length: int) -> None:
+        if not length:
+            return
+        for run in self._cpu.mmu.runs(va, length, 2):
+            first = run.pa >> 12
+            end = (run.pa + run.length - 1 >> 12) + 1
+            self.filler.changed(run.slot, first, end)
+
+    # Hooks
+
+    def _install_hooks(self) -> None:
+        engine = self.engine
+        engine.hook(HOOK_INTR, INTERRUPT(self._guarded(self._event)))
+        engine.hook(HOOK_INSN_INVALID, INVALID(self._guarded(self._invalid, True)))
+        engine.hook(HOOK_INSN, PORT_IN(self._guarded(self._port_in, 0)), INS_IN)
+        engine.hook(HOOK_INSN, PORT_OUT(self._guarded(self._port_out)), INS_OUT)
+        engine.hook(HOOK_INSN, SYSCALL(self._guarded(self._syscall)), INS_SYSCALL)
+
+    def _guarded(self, function: Callable[..., Any], default: Any = None) -> Any:
+        """Keep an error of ours from being lost in the library: it ends the run."""
+
+        def callback(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except BaseException as failure:
+                self._failure = failure
+                self.engine.stop()
+                return default
+
+        return callback
+
+    def _event(self, _uc: Any, number: int, _user: Any) -> None:
+        software = self.state.settle_exception()
+        if number >= 0x100:
+            try:
+                self.exits.serve(number - 0x100)
+            except CpuException as fault:
+                self._delivery.fault(fault)
+        else:
+            code = self.state.error_code if number in WITH_ERROR_CODE else None
+            self._delivery.deliver(number, code, software=software)
+
+    def _invalid(self, _uc: Any, _user: Any) -> bool:
+        self.state.settle_exception()
+        self._delivery.fault(InvalidOpcode(f"at {self.state.rip:#x}"))
+        return True
+
+    def _syscall(self, _uc: Any, _user: Any) -> None:
+        """SYSCALL. Source: [APM3] SYSCALL; STAR, LSTAR, SFMASK: [APM2] 6.1.1."""
+        state, msrs = self.state, self._cpu.msrs
+        regs, flags = state.regs, state.rflags
+        regs[RCX] = state.rip + 2
+        regs[R11] = flags & ~RFLAGS_RF
+        state.rflags = flags & ~(msrs.read(SFMASK) | RFLAGS_RF)
+        selector = msrs.read(STAR) >> 32 & 0xFFFC
+        self._delivery.enter_segment(selector, CODE_64, 0)
+        state.segments[SS].load(selector + 8, 0, 0xFFFF_FFFF, 0x00CF_9300)
+        state.rip = msrs.read(LSTAR) - 2  # the engine adds the length
+
+    def _port_in(self, _uc: Any, port: int, size: int, _user: Any) -> int:
+        self._sync_clock()
+        if self.state.cpl and not self._io_allowed():
+            return (1 << 8 * size) - 1
+        value = self.platform.ports.read(port, size)
+        self.block_clock.charge(PORT_ACCESS_NS)
+        return value
+
+    def _port_out(self, _uc: Any, port: int, size: int, value: int, _user: Any) -> None:
+        self._sync_clock()
+        if self.state.cpl and not self._io_allowed():
+            return
+        self.platform.ports.write(port, value, size)
+        self.block_clock.charge(PORT_ACCESS_NS)
+        self._shorten_slice()
+
+    def _io_allowed(self) -> bool:
+        return self.state.system_flags >> 12 & 3 == 3
+
+    # Time
+
+    def _sync_clock(self) -> int:
+        clock = self.platform.clock
+        now = self._skipped + self.block_clock.now
+        if now >= clock.next_deadline:
+            clock.advance_to(now)
+        else:
+            clock.now = now
+        return now
+
+    def _shorten_slice(self) -> None:
+        if self.platform.clock.next_deadline < self._slice_end:
+            self._new_slice()
+
+    def _new_slice(self) -> None:
+        clock = self.platform.clock
+        now = self._skipped + self.block_clock.now
+        length = min(max(clock.next_deadline - now, 1), LONGEST_SLICE_NS)
+        self._slice_end = now + length
+        self.block_clock.start_slice(length)
+
+    def _slice_over(self) -> None:
+        self._sync_clock()
+        self._look_at_host()
+        self._new_slice()
+
+    def _look_at_host(self) -> None:
+        if time.monotonic() > self._host_deadline:
+            self._end(Stop(Ending.TIMEOUT, "time is up"))
+        self.every_slice()
+
+    def _read_tsc(self) -> int:
+        return self._sync_clock() + self._tsc_offset
+
+    def _halt(self) -> None:
+        """HLT: jump to the next timer until something interrupts."""
+        self._sync_clock()
+        platform = self.platform
+        clock = platform.clock
+        if not self.state.system_flags & IF:
+            self._end(Stop(Ending.HALTED, "HLT with interrupts disabled"))
+            return
+        while not platform.interrupts.pending and self._stop is None:
+            self._look_at_host()
+            wait = clock.next_deadline - clock.now
+            self.before_idle(min(wait, _NEVER))
+            if platform.interrupts.pending:
+                break
+            if clock.next_deadline >= _NEVER:
+                self._end(Stop(Ending.HALTED, "HLT, and no timer is armed"))
+                return
+            now = clock.next_deadline
+            self._skipped += now - (self._skipped + self.block_clock.now)
+            clock.advance_to(now)
+        self._new_slice()
+
+    # Interrupts
+
+    def _interrupt_line(self) -> None:
+        if self.platform.interrupts.pending:
+            self.state.raise_interrupt_line()
+
+    def _take_interrupt(self) -> None:
+        interrupts = self.platform.interrupts
+        self.state.lower_interrupt_line()
+        self._sync_clock()
+        if interrupts.pending:
+            vector = interrupts.acknowledge()
+            self.interrupts += 1
+            self._delivery.deliver(vector)
+        if interrupts.pending:
+            self.state.raise_interrupt_line()
+
+    def _task_priority(self, value: int | None) -> int:
+        lapic = self.platform.lapic
+        if value is not None:
+            lapic.write_register(0x8, value << 4)
+            self._interrupt_line()
+        return lapic.read_register(0x8) >> 4
+
+    def _noted(self, vector: int, error_code: int | None) -> None:
+        if vector < 32:
+            self.exceptions[vector] += 1
+
+    def _platform_request(self) -> None:
+        request = self.platform.request
+        if request == "shutdown":
+            self._end(Stop(Ending.SHUTDOWN, "the guest switched the power off"))
+        elif request == "reset":
+            self._end(Stop(Ending.RESET, "the guest asked for a reset"))
+        elif request is not None:
+            self._end(Stop(Ending.SHUTDOWN, f"exit code {request[1]}"))
+
+
+__all__ = ["CbitError", "Ending", "NativeCore", "Stop"]
