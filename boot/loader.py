@@ -19,7 +19,7 @@ from ..hw.errors import KernelError
 from ..hw.msr import Efer
 from ..hw.types import PAGE_SIZE, PhysAddr, align_down
 from ..kernel.pgtable import BOOT_PMD_FLAGS, BOOT_TABLE_FLAGS, PMD_SIZE
-from .image import KernelImage, KernelLayout, Range
+from .image import KernelImage, KernelLayout, Range, Segment
 from .params import BootParams, E820Entry, E820Type, SetupData, SetupDataType
 
 BOOT_TABLES = PhysAddr(0x8_0000)
@@ -28,6 +28,7 @@ BOOT_TABLES = PhysAddr(0x8_0000)
 BOOT_PARAMS = PhysAddr(0x9_0000)
 COMMAND_LINE = PhysAddr(0x9_1000)
 SETUP_DATA = PhysAddr(0x9_2000)
+COMMAND_LINE_ROOM = SETUP_DATA - COMMAND_LINE
 
 INITRD_LIMIT = 0x7FFF_FFFF
 """Highest byte of an initrd where the kernel names no other (initrd_addr_max)."""
@@ -52,6 +53,25 @@ class HandOver:
     boot_params: PhysAddr
     initrd: tuple[PhysAddr, int] | None
     command_line: PhysAddr
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What is particular to a kernel: everything else is the same for all.
+
+    Attributes:
+        name: of the image, for messages.
+        segments: what to store, lowest address first.
+        taken: memory of the kernel alone, its work area included.
+        params: the zero page so far: clean, then the kernel's setup header.
+        command_line_size: most bytes a command line may have, its NUL not counted.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    taken: Range
+    params: BootParams
+    command_line_size: int
 
 
 def load_kernel(
@@ -80,29 +100,76 @@ def load_kernel(
 
     Context: paging off; nothing is encrypted yet.
     """
-    if len(command_line) > image.command_line_size:
+    place = carry_out(
+        cpu,
+        plan_of(image),
+        e820=e820,
+        command_line=command_line,
+        initrd=initrd,
+        five_levels=five_levels,
+        rng_seed=rng_seed,
+    )
+    return HandOver(image.layout, BOOT_PARAMS, place, COMMAND_LINE)
+
+
+def plan_of(image: KernelImage) -> LoadPlan:
+    """Return what loading a decompressed kernel comes to."""
+    return LoadPlan(
+        name=image.name,
+        segments=image.segments,
+        taken=Range(image.layout.kernel_start, image.layout.workarea.end),
+        params=BootParams.from_setup_header(image.setup_header),
+        command_line_size=image.command_line_size,
+    )
+
+
+def carry_out(
+    cpu: Cpu,
+    plan: LoadPlan,
+    *,
+    e820: Sequence[E820Entry],
+    command_line: bytes,
+    initrd: bytes | memoryview | None,
+    five_levels: bool,
+    rng_seed: bytes,
+) -> tuple[PhysAddr, int] | None:
+    """Store what a plan says and what every kernel gets; enter long mode.
+
+    Every refusal comes before the first store.
+
+    Args:
+        plan: what is particular to the kernel.
+        e820: as in `load_kernel`, like what follows.
+
+    Returns:
+        Address and length of the initrd, None without one.
+
+    Raises:
+        KernelError: as `load_kernel`.
+    """
+    limit = min(plan.command_line_size, COMMAND_LINE_ROOM - 1)
+    if len(command_line) > limit:
         raise KernelError(
-            f"command line of {len(command_line)} bytes: {image.name} takes up to "
-            f"{image.command_line_size}"
+            f"command line of {len(command_line)} bytes: {plan.name} takes up to "
+            f"{limit}"
         )
     if five_levels and not cpu.model.la57:
         raise KernelError(
             f"5-level paging: {cpu.model.name} has none (CPUID 7 ECX[16] is 0)"
         )
-    params = BootParams.from_setup_header(image.setup_header)
-    taken = Range(image.layout.kernel_start, image.layout.workarea.end)
-    _require_ram(e820, taken, image.name)
-    for segment in image.segments:
+    _require_ram(e820, plan.taken, plan.name)
+    params, place = plan.params, None
+    if initrd:
+        highest = params.initrd_addr_max or INITRD_LIMIT
+        place = place_initrd(e820, plan.taken, len(initrd), highest), len(initrd)
+        params = params.with_initrd(*place)
+
+    for segment in plan.segments:
         cpu.store(segment.paddr, segment.data)
         rest = segment.memory_size - len(segment.data)
         cpu.fill(segment.paddr + len(segment.data), 0, rest)
-
-    place = None
-    if initrd:
-        limit = params.initrd_addr_max or INITRD_LIMIT
-        place = place_initrd(e820, taken, len(initrd), limit), len(initrd)
+    if place and initrd:
         cpu.store(place[0], initrd)
-        params = params.with_initrd(*place)
     cpu.store(COMMAND_LINE, command_line + b"\0")
     cpu.store(SETUP_DATA, SetupData(SetupDataType.RNG_SEED, rng_seed).build())
     params = replace(
@@ -113,7 +180,7 @@ def load_kernel(
     )
     cpu.store(BOOT_PARAMS, params.build())
     enter_long_mode(cpu, five_levels)
-    return HandOver(image.layout, BOOT_PARAMS, place, COMMAND_LINE)
+    return place
 
 
 def place_initrd(

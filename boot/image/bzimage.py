@@ -9,6 +9,9 @@ Source: Linux 6.1.192 Documentation/x86/boot.rst.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from ...kernel.setup import BOOT_PARAMS_SIZE
 from ..params import (
     BOOT_FLAG,
@@ -34,15 +37,36 @@ INIT_SIZE_PROTOCOL = 0x20A
 VERSION_STRING_LIMIT = 512
 
 
-def read_bzimage(source: ImageSource) -> KernelImage:
-    """Read a bzImage.
+@dataclass(frozen=True)
+class BzImage:
+    """A bzImage as a boot loader takes it apart, its payload left compressed.
+
+    Attributes:
+        source: the whole file.
+        setup_header: its bytes from 0x1F1 to the end of the setup header.
+        fields: what the setup header says, under the names of `BOOT_PARAMS`.
+        setup_size: bytes of real-mode sectors.
+        code: the protected-mode code, decompressor and payload.
+        version: the version string, None if there is none.
+    """
+
+    source: ImageSource
+    setup_header: bytes = field(repr=False)
+    fields: dict[str, Any] = field(repr=False)
+    setup_size: int
+    code: memoryview = field(repr=False)
+    version: str | None
+
+
+def open_bzimage(source: ImageSource) -> BzImage:
+    """Take a bzImage apart.
 
     Args:
         source: the whole file.
 
     Raises:
-        InputError: no setup header, an old protocol, a file that is cut, a payload
-            that does not decompress to its size or is no kernel.
+        InputError: no setup header, an old protocol, a file that is cut, a version
+            string outside of the real-mode sectors.
     """
     header = read_setup_header(source)
     page = bytearray(BOOT_PARAMS_SIZE)
@@ -53,29 +77,43 @@ def read_bzimage(source: ImageSource) -> KernelImage:
         raise source.error(
             0x206, f"boot protocol {major}.{minor:02}; expected 2.08 or later"
         )
-
     setup_size = ((fields["setup_sects"] or OLD_SETUP_SECTS) + 1) * SECTOR
-    code_size = fields["syssize"] * 16
-    source.take(setup_size, code_size, "protected-mode code")
+    code = source.take(setup_size, fields["syssize"] * 16, "protected-mode code")
+    version = _version(source, fields["kernel_version"], setup_size)
+    return BzImage(source, header, fields, setup_size, code, version)
+
+
+def read_bzimage(source: ImageSource) -> KernelImage:
+    """Read a bzImage and decompress the kernel in it.
+
+    Args:
+        source: the whole file.
+
+    Raises:
+        InputError: as `open_bzimage`; a payload that does not decompress to its size
+            or is no kernel.
+    """
+    image = open_bzimage(source)
+    fields = image.fields
     start, length = fields["payload_offset"], fields["payload_length"]
-    if start + length > code_size:
+    if start + length > len(image.code):
         raise source.error(
             0x248,
             f"payload [{start:#x}, {start + length:#x}); expected within "
-            f"{code_size:#x} bytes of code",
+            f"{len(image.code):#x} bytes of code",
         )
     limit = KERNEL_MAPPING_SIZE
     if fields["version"] >= INIT_SIZE_PROTOCOL:
         # The kernel decompresses in place, so init_size covers all of the output.
         limit = min(limit, fields["init_size"])
 
-    kernel, compression = decompress(source, setup_size + start, length, limit)
+    kernel, compression = decompress(source, image.setup_size + start, length, limit)
     return read_vmlinux(
         kernel,
         name=source.name,
         kind="bzImage",
-        setup_header=header,
-        version=_version(source, fields["kernel_version"], setup_size),
+        setup_header=image.setup_header,
+        version=image.version,
         compression=compression,
         command_line_size=fields["cmdline_size"],
     )

@@ -26,14 +26,22 @@ def load_image(path: str | os.PathLike[str]) -> KernelImage:
 
     Source: Linux 6.1.192 Documentation/x86/boot.rst.
     """
-    source = ImageSource.of_file(path)
+    return read_image(ImageSource.of_file(path))
 
+
+def read_image(source: ImageSource) -> KernelImage:
+    """Read a kernel from its bytes; otherwise as `load_image`."""
     # Imported here: a run of the built-in kernel needs no ELF library, which would
     # take longer to import than that kernel to make.
-    if source.data[:4] == ELF_MAGIC:
+    if is_elf(source):
         from .elf import read_vmlinux
 
         return read_vmlinux(source)
     from .bzimage import read_bzimage
 
     return read_bzimage(source)
+
+
+def is_elf(source: ImageSource) -> bool:
+    """Say whether a file begins as an ELF file does."""
+    return source.data[:4] == ELF_MAGIC
