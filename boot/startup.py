@@ -115,7 +115,6 @@ def startup(
     detection = sme_enable(cpu, VirtAddr(hand_over.boot_params))
     state = detection.state
     _say_detection(cpu, detection, log)
-    verify_cpu(cpu)
 
     startup_64_tables(cpu, state, layout, data, five_levels)
     observe(Stage.TABLES_BUILT, state)
@@ -148,10 +147,10 @@ def startup(
     return Booted(detection, done, data, tables, physical_bits, command_line)
 
 
-def verify_cpu(cpu: Cpu) -> None:
-    """Turn no-execute on where the processor has it.
+def set_up_efer(cpu: Cpu) -> None:
+    """Turn SYSCALL on, and no-execute where the processor has it.
 
-    Source: Linux 6.1.192 arch/x86/kernel/head_64.S (EFER set-up).
+    Source: Linux 6.1.192 arch/x86/kernel/head_64.S ("Setup EFER").
     """
     efer = Efer(cpu.rdmsr(Efer.ADDRESS))
     cpu.wrmsr(Efer.ADDRESS, efer.replace(sce=1, nxe=int(cpu.model.nx)).value)
@@ -172,6 +171,8 @@ def switch_to_kernel_tables(
     new = Cr4(cpu.read_cr4())
     cpu.write_cr4(new.replace(pge=0).value)
     cpu.write_cr4(new.value)
+    # ORDER: only now, as Linux does: no table up to here has an NX bit.
+    set_up_efer(cpu)
     cr0 = Cr0(cpu.read_cr0())
     cpu.write_cr0(cr0.replace(write_protect=1, numeric_error=1).value)
 
