@@ -3,7 +3,8 @@
 #   PYTHON       the interpreter that makes .venv               make boot PYTHON=python3.13
 #   ARGS         more arguments for `cbit boot`                 make boot ARGS=--help
 #   PYTEST_ARGS  more arguments for pytest                      make test PYTEST_ARGS="-k swiotlb"
-#   CBIT_KERNEL  a kernel image of yours; nothing is fetched    make test CBIT_KERNEL=/boot/vmlinuz
+#   CBIT_KERNEL  a kernel image of yours; none is fetched       make test CBIT_KERNEL=/boot/vmlinuz
+#   CBIT_BUSYBOX a static busybox of yours; none is fetched     make test CBIT_BUSYBOX=/bin/busybox
 
 PYTHON ?= python3
 VENV = .venv
@@ -39,7 +40,7 @@ types: ## show type checkers this folder under its import name
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/cbit
 
 .PHONY: kernel
-kernel: ## bring the real Linux kernel that tests read and boot
+kernel: ## bring the real Linux kernels that tests read and boot, and a busybox
 	@tools/fetch-kernel
 
 .PHONY: bench
