@@ -26,7 +26,27 @@ def real_kernel_path() -> Path:
     """A real bzImage: $CBIT_KERNEL, else the newest that `make kernel` brought."""
     if named := os.environ.get("CBIT_KERNEL"):
         return Path(named)
-    found = list((ROOT / "build" / "kernel").glob("**/vmlinuz-*"))
+    return _newest("kernel/**/vmlinuz-*", "CBIT_KERNEL")
+
+
+@pytest.fixture(scope="session")
+def generic_kernel_path() -> Path:
+    """A second real bzImage: $CBIT_KERNEL, else Debian's generic one."""
+    if named := os.environ.get("CBIT_KERNEL"):
+        return Path(named)
+    return _newest("kernel-generic/boot/vmlinuz-*", "CBIT_KERNEL")
+
+
+@pytest.fixture(scope="session")
+def busybox_path() -> Path:
+    """A static x86-64 busybox: $CBIT_BUSYBOX, else what `make kernel` brought."""
+    if named := os.environ.get("CBIT_BUSYBOX"):
+        return Path(named)
+    return _newest("busybox/bin/busybox", "CBIT_BUSYBOX")
+
+
+def _newest(pattern: str, variable: str) -> Path:
+    found = list((ROOT / "build").glob(pattern))
     if not found:
-        pytest.fail("no real kernel here: run `make kernel`, or set CBIT_KERNEL")
+        pytest.fail(f"no build/{pattern} here: run `make kernel`, or set {variable}")
     return max(found, key=lambda path: path.stat().st_mtime)
