@@ -13,4 +13,7 @@ Words: TypeAlias = "npt.NDArray[np.uint64]"
 Index: TypeAlias = "npt.NDArray[np.intp]"
 """Numbers of pages or lines."""
 
+Marks: TypeAlias = "npt.NDArray[np.uint16]"
+"""Key slots plus 1, or key slots, by page or by line."""
+
 Flags: TypeAlias = "npt.NDArray[np.bool_]"

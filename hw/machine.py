@@ -47,7 +47,7 @@ class Machine:
         cpus: all cores; msrs: their MSR files, in the same order.
         dram: the cells; what only tools and tests look at.
         caches, bus, controller, trace: as named.
-        tsme: transparent SME is on.
+        ram, tsme: as given.
 
     Raises:
         CallerError: an unknown model, profile or policy, no core, or a RAM size that
@@ -75,6 +75,7 @@ class Machine:
             profile = profile_named(profile)
         if coherent is None:
             coherent = encryption.hw_coherent
+        self.ram = ram
         self.tsme = tsme
         width = self.model.phys_bits
         if encryption.usable:  # elsewhere the reduction may be nonsense as well

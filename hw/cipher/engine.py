@@ -17,6 +17,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, modes
@@ -52,6 +53,14 @@ class _Workspace(threading.local):
         self.decryptor: CipherContext = cipher.decryptor()
 
 
+class CipherState(NamedTuple):
+    """What makes an engine: the key, the constants by address bit from 4, XEX or XE."""
+
+    key: bytes
+    constants: tuple[bytes, ...]
+    whitens_output: bool
+
+
 class MemoryCipher:
     """One key and one tweak table: the engine as one key slot sees it.
 
@@ -64,6 +73,7 @@ class MemoryCipher:
     def __init__(self, key: bytes, tweaks: Tweaks, whitens_output: bool) -> None:
         if len(key) != 16:
             raise CallerError(f"key of {len(key)} bytes: 16 expected (AES-128)")
+        self._key = key
         self._tweaks = tweaks
         # T of every offset in a batch, by unit size: one table as long as the batch
         # makes one long XOR of what would be many short ones.
@@ -76,6 +86,21 @@ class MemoryCipher:
         }
         self._whitens_output = whitens_output
         self._workspace = _Workspace(key)
+
+    @classmethod
+    def from_state(cls, state: CipherState) -> MemoryCipher:
+        """Return an engine that enciphers as the one whose `state` it was.
+
+        Raises:
+            CallerError: the key or a constant has not 16 bytes.
+        """
+        if {len(constant) for constant in state.constants} - {BLOCK_SIZE}:
+            raise CallerError(f"tweak constants: {BLOCK_SIZE} bytes each expected")
+        return cls(state.key, Tweaks(list(state.constants)), state.whitens_output)
+
+    def state(self) -> CipherState:
+        """Return key and constants, for a snapshot: secrets."""
+        return CipherState(self._key, self._tweaks.constants, self._whitens_output)
 
     def encrypt(self, address: int, plaintext: bytes) -> bytes:
         """Encipher whole blocks as they would lie in DRAM at `address`.

@@ -74,6 +74,11 @@ class Tweaks:
             self._digit_table(low) for low in range(0, self.end_bit, DIGIT_BITS)
         ]
 
+    @property
+    def constants(self) -> tuple[bytes, ...]:
+        """The constants as they were given."""
+        return tuple(constant.tobytes() for constant in self._constants)
+
     def of(self, address: int) -> bytes:
         """Return T(address), 16 bytes.
 

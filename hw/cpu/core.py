@@ -25,6 +25,7 @@ from ..trace import Trace
 from ..types import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, VirtAddr
 from .control import Cr0, Cr3, Cr4, check_cr0, check_cr3, check_cr4, kept_cr0
 from .mmu import Mmu, Run
+from .state import CpuState
 
 ExceptionHandler = Callable[["Cpu", CpuException], bool]
 """Called with the fault; True means the cause is gone and the access is retried."""
@@ -108,6 +109,35 @@ class Cpu:
         self._handlers.clear()
         self.msrs.reset()
         self._enter_mode()
+        self.mmu.flush(keep_global=False)
+
+    def state(self) -> CpuState:
+        """Return the registers that are not MSRs. TLB and handlers are left out."""
+        return CpuState(
+            self._cr0.value,
+            self.cr2,
+            self._cr3.value,
+            self._cr4.value,
+            self._cpl,
+            self._alignment_check,
+        )
+
+    def restore(self, state: CpuState) -> None:
+        """Take over registers, past all rules; the TLB is empty afterwards.
+
+        The MSRs of the same moment are in place already.
+
+        Raises:
+            CallerError: over 64 bits, a CPL that is not 0 or 3, or paging outside
+                long mode.
+        """
+        cr0, cr2, cr3, cr4, cpl, alignment_check = state
+        new = Cr0(cr0)
+        if new.paging and not self.msrs.get(Efer).lma:
+            raise CallerError(f"CR0 {cr0:#x}: paging with EFER.LMA = 0")
+        self._cr0, self._cr3, self._cr4 = new, Cr3(cr3), Cr4(cr4)
+        self.cr2, self.mmu.root, self.cpl = cr2, cr3, cpl
+        self.alignment_check = alignment_check  # enters the mode as well
         self.mmu.flush(keep_global=False)
 
     # Identification and registers

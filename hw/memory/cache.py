@@ -42,8 +42,10 @@ from .line_store import (
     lines_to_masks,
     masks_to_lines,
     runs,
+    stale_lines,
 )
 from .sparse import SparseMemory
+from .state import CacheState
 from .traffic import Traffic, contested_lines
 
 STRETCH_PAGES = 2048
@@ -227,6 +229,10 @@ class CacheHierarchy:
         """Call `drop` whenever views given by `page_view` become invalid."""
         self._view_holders.append(drop)
 
+    def release_views(self, drop: Callable[[], None]) -> None:
+        """Call `drop` no more."""
+        self._view_holders.remove(drop)
+
     # Flushes
 
     def write_back_invalidate(self) -> None:
@@ -322,6 +328,30 @@ class CacheHierarchy:
         self._drop_views()
         for store in self._stores.values():
             store.forget_all()
+
+    def state(self) -> CacheState:
+        """Return what is not in the line stores; nothing changes."""
+        owned = np.flatnonzero(self._owner)
+        return CacheState(
+            tuple(self._stores),
+            self._policy,
+            self.tag_changes,
+            tuple(self.hazards_met),
+            self._random.getstate(),
+            owned,
+            self._owner[owned],
+            self._last_writer[stale_lines(self._stores.values())],
+        )
+
+    def restore(self, state: CacheState) -> None:
+        """Take over a state, policy left out; its line stores were restored before."""
+        self._drop_views()
+        self.tag_changes = state.tag_changes
+        self.hazards_met[:] = state.hazards
+        self._random.setstate(state.random)
+        self._owner[:] = 0
+        self._owner[state.owned] = state.owners
+        self._last_writer[stale_lines(self._stores.values())] = state.writers
 
     # Claims, page by page and in runs
 

@@ -6,7 +6,9 @@ is the index of the key).
 
 from __future__ import annotations
 
-from ..cipher import MemoryCipher
+from collections.abc import Mapping
+
+from ..cipher import CipherState, MemoryCipher
 from ..errors import CbitError
 
 SLOT_NONE = 0
@@ -46,6 +48,20 @@ class MemoryController:
     def forget_keys(self) -> None:
         """Drop every key, as a reset does."""
         self._engines.clear()
+
+    def state(self) -> dict[int, CipherState]:
+        """Return keys and constants by slot, for a snapshot: secrets."""
+        return {slot: engine.state() for slot, engine in self._engines.items()}
+
+    def restore(self, state: Mapping[int, CipherState]) -> None:
+        """Load the keys of a state and no others.
+
+        Raises:
+            CallerError: a key or constant of the wrong length.
+        """
+        self._engines = {
+            slot: MemoryCipher.from_state(key) for slot, key in state.items()
+        }
 
     def slot_for(self, c_bit: bool) -> int:
         """Return the key slot of a host access with this C-bit."""

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..arrays import Bytes
+from ..arrays import Bytes, Index
 from ..types import LARGE_PAGE_SIZE, PAGE_SIZE, PhysAddr
+from .line_store import runs
 from .sparse import PAGES_PER_REGION, SparseMemory
+from .state import DramState
 
 
 class Dram(SparseMemory):
@@ -38,6 +40,37 @@ class Dram(SparseMemory):
         for region in np.flatnonzero(self._written).tolist():
             start = region * LARGE_PAGE_SIZE
             yield PhysAddr(start), self.cells[start : start + LARGE_PAGE_SIZE]
+
+    def state(self) -> DramState:
+        """Return which cells hold what; the bytes themselves are `pages`.
+
+        Cells that somebody changed in a 2 MiB region without a single
+        `mark_written` are not seen.
+        """
+        regions = np.flatnonzero(self._written)
+        words = self.pages.view(np.uint64)
+        found = [np.empty(0, np.intp)]
+        for first, end in runs(regions):
+            first, end = first * PAGES_PER_REGION, end * PAGES_PER_REGION
+            filled = np.bitwise_or.reduce(words[first:end], axis=1)
+            found.append(np.flatnonzero(filled) + first)
+        written_by = self.written_by[self._pages_of(regions)]
+        return DramState(regions, written_by, np.concatenate(found))
+
+    def restore(self, state: DramState) -> None:
+        """Take over the marks of a state; the caller brings the bytes into `pages`."""
+        self.written_by[:] = 0
+        self.written_by[self._pages_of(state.regions)] = state.written_by
+        self._written[:] = False
+        self._written[state.regions] = True
+
+    def count_region_pages(self, regions: Index) -> int:
+        """Return how many pages lie in 2 MiB regions; the last may be a part."""
+        return self._pages_of(regions).size
+
+    def _pages_of(self, regions: Index) -> Index:
+        pages = regions[:, None] * PAGES_PER_REGION + np.arange(PAGES_PER_REGION)
+        return pages[pages < len(self.written_by)]
 
     def count_pages(self) -> dict[int, int]:
         """Return how many pages each key slot wrote last, by slot."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ..arrays import Index, Words
+from ..errors import CallerError
 from ..types import LARGE_PAGE_SIZE, LINES_PER_PAGE, PAGE_SIZE
 from .sparse import PAGES_PER_REGION, SparseMemory
+from .state import LineStoreState
 
 ALL_LINES = (1 << LINES_PER_PAGE) - 1
 """A page's 64 lines fill one 64-bit word: bit n is the line at 64 * n."""
@@ -62,6 +66,38 @@ class LineStore:
         """Drop every line, written back or not."""
         self.invalidate(self.pages_with(self.valid))
         self._used[:] = False
+
+    def state(self) -> LineStoreState:
+        """Return which lines are held; the bytes themselves are `data`."""
+        pages = self.pages_with(self.valid)
+        return LineStoreState(
+            pages, self.valid[pages], self.dirty[pages], self.stale[pages]
+        )
+
+    def restore(self, state: LineStoreState) -> None:
+        """Hold the lines of a state; the caller brings their bytes into `data`.
+
+        Raises:
+            CallerError: a line is dirty or stale and not valid.
+        """
+        if ((state.dirty | state.stale) & ~state.valid).any():
+            raise CallerError(f"key slot {self.slot}: lines dirty or stale, not valid")
+        self.forget_all()
+        self.valid[state.pages] = state.valid
+        self.dirty[state.pages] = state.dirty
+        self.stale[state.pages] = state.stale
+        self._used[state.pages // PAGES_PER_REGION] = True
+
+
+def stale_lines(stores: Iterable[LineStore]) -> Index:
+    """Return the lines (address / 64) that are stale in any store, ascending."""
+    found = [masks_to_lines(*_with_masks(store)) for store in stores]
+    return np.unique(np.concatenate([np.empty(0, np.intp), *found]))
+
+
+def _with_masks(store: LineStore) -> tuple[Index, Words]:
+    pages = store.pages_with(store.stale)
+    return pages, store.stale[pages]
 
 
 PAGES_PER_RELEASE = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from ..cpuid import CpuModel
@@ -113,6 +113,21 @@ class MsrFile:
     def set(self, register: Msr) -> None:
         """Change a register from the hardware's side, past all rules."""
         self._values[_known(type(register))] = register.value
+
+    def state(self) -> dict[int, int]:
+        """Return every register's value by address."""
+        return dict(self._values)
+
+    def restore(self, state: Mapping[int, int]) -> None:
+        """Take over values, past all rules; registers left out keep theirs.
+
+        Raises:
+            CallerError: a register that the machine has not, or over 64 bits.
+        """
+        for index, value in state.items():
+            if index not in self._values or not 0 <= value < 1 << 64:
+                raise CallerError(f"MSR {index:#x} = {value:#x}: no such register")
+        self._values.update(state)
 
     def on_write(self, callback: Callable[[int, int], None]) -> None:
         """Call `callback` with index and new value after each write by software.
