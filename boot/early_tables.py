@@ -235,9 +235,9 @@ def _map_switch_over(
     flags = encrypted(state, KERNPG_TABLE_NOENC)
     start = layout.text_start
     shifts = table_shifts(five_levels)[:-2]
-    tables = [
-        PhysAddr(data.early_dynamic_pgts + i * PAGE_SIZE) for i in range(len(shifts))
-    ]
+    # Linux takes its spare tables in this order: PUD, PMD, and last a P4D if any.
+    order = (2, 0, 1) if five_levels else (0, 1)
+    tables = [PhysAddr(data.early_dynamic_pgts + i * PAGE_SIZE) for i in order]
     parent = data.early_top_pgt
     for shift, child in zip(shifts, tables, strict=True):
         index = table_index(start, shift)

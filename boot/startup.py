@@ -96,6 +96,7 @@ def startup(
     hand_over: HandOver,
     log: BootLog,
     observe: Observer = lambda stage, state: None,
+    data: KernelData | None = None,
 ) -> Booted:
     """Boot the reference kernel from its 64-bit entry to `mem_encrypt_init`.
 
@@ -104,6 +105,7 @@ def startup(
         hand_over: what the loader placed where.
         log: receives what happens.
         observe: called at each `Stage`; may look, must not touch.
+        data: where the kernel's own variables go; None places them in .bss.
 
     Raises:
         KernelError: the kernel refuses to boot; nothing was encrypted yet.
@@ -111,7 +113,7 @@ def startup(
     observe(Stage.LOADED, EncryptionState())
     layout = hand_over.layout
     five_levels = bool(Cr4(cpu.read_cr4()).la57)
-    data = KernelData.place(layout)
+    data = data or KernelData.place(layout)
     detection = sme_enable(cpu, VirtAddr(hand_over.boot_params))
     state = detection.state
     _say_detection(cpu, detection, log)
