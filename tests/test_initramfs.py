@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import stat
@@ -13,6 +14,7 @@ import pytest
 from .initramfs import APPLETS, GREETING, INTERACTIVE, Node, batch, cpio, initramfs
 
 EXPECTED = "sh cat grep mount poweroff reboot echo ls dmesg sleep md5sum ps"
+QEMU = "qemu-system-x86_64"
 BUSYBOX = b"\x7fELF" + bytes(1001)
 
 
@@ -119,3 +121,22 @@ def test_cpio_lists_the_same(tmp_path: Path) -> None:
     done = subprocess.run(command, input=archive, capture_output=True, check=True)
     listed = os.fsdecode(done.stdout).split("\n")[:-1]
     assert listed == list(read_back(archive))
+
+
+@pytest.mark.skipif(not shutil.which(QEMU), reason="a kernel runs it where QEMU is")
+def test_a_kernel_runs_the_script_and_switches_off(
+    real_kernel_path: Path, busybox_path: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "initramfs"
+    script = batch(["echo $((6 * 7))", "test -c /dev/null && md5sum /init"])
+    archive.write_bytes(initramfs(busybox_path.read_bytes(), script))
+    command = [QEMU, "-accel", "tcg", "-m", "256", "-nographic", "-no-reboot"]
+    command += ["-kernel", str(real_kernel_path), "-initrd", str(archive)]
+    command += ["-append", "console=ttyS0 quiet"]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=300, check=True
+    )
+    said = done.stdout.decode(errors="replace").replace("\r", "")
+    digest = hashlib.md5(script.encode()).hexdigest()
+    assert f"{GREETING}\n42\n{digest}  /init\n" in said
+    assert "reboot: Power down" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,9 @@ from cbit.boot.acpi import build_acpi
 from cbit.hw.errors import CallerError
 from cbit.hw.types import PhysAddr
 
+from ..initramfs import batch, initramfs
+
+QEMU = "qemu-system-x86_64"
 BASE = 0x3FFF_0000
 
 
@@ -134,6 +138,36 @@ def test_iasl_reads_every_table(tables: Tables, tmp_path: Path) -> None:
         assert "hecksum" not in said
     text = (tmp_path / "DSDT.dsl").read_text()
     assert "Name (_S5, Package (0x04)" in text
+
+
+@pytest.mark.skipif(not shutil.which(QEMU), reason="a kernel reads it where QEMU is")
+def test_a_kernel_takes_the_tables_without_a_complaint_and_switches_off_by_them(
+    real_kernel_path: Path, busybox_path: Path, tmp_path: Path
+) -> None:
+    # QEMU's older board has its PM registers at 0x600 too. Its own value for "off"
+    # is another; the one for suspend to disk, which ends QEMU as well, can be chosen.
+    at = 0xF00_0000
+    tables, archive = tmp_path / "tables", tmp_path / "initramfs"
+    tables.write_bytes(build_acpi(PhysAddr(at)))
+    archive.write_bytes(initramfs(busybox_path.read_bytes(), batch(["dmesg"])))
+    command = [QEMU, "-accel", "tcg", "-machine", "pc,hpet=off", "-m", "256"]
+    command += ["-nographic", "-no-reboot", "-global", "PIIX4_PM.s4_val=5"]
+    command += ["-device", f"loader,file={tables},addr={at:#x},force-raw=on"]
+    command += ["-kernel", str(real_kernel_path), "-initrd", str(archive), "-append"]
+    command += [f"console=ttyS0 quiet acpi_rsdp={at:#x} memmap=64K#{at:#x}"]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=300, check=True
+    )
+    said = done.stdout.decode(errors="replace")
+    for fact in (
+        "ACPI: RSDP 0x000000000F000000 000024 (v02 CBIT  )",
+        "ACPI: 1 ACPI AML tables successfully acquired and loaded",
+        "ACPI: PM: (supports S0 S5)",
+        "ACPI: Using PIC for interrupt routing",
+        "reboot: Power down",
+    ):
+        assert fact in said
+    assert not re.search(r"ACPI (BIOS )?(Error|Warning)|ACPI: .*[Ii]nvalid", said)
 
 
 @pytest.mark.parametrize("base", [0, 0x10, BASE + 32, 0xFFFF_FFC0, 1 << 32, -64])
