@@ -117,7 +117,7 @@ FACS = layout(
 """Global lock and waking vectors, all zero. Source: ACPI 6.4, 5.2.10."""
 
 MADT = layout(
-    52,
+    84,
     *HEADER_FIELDS,
     (0x24, "local_apic", Int32ul),
     (0x28, "flags", Int32ul),
@@ -127,8 +127,24 @@ MADT = layout(
     (0x2E, "processor_uid", Int8ul),
     (0x2F, "apic_id", Int8ul),
     (0x30, "entry_flags", Int32ul),
+    # Type 1, I/O APIC.
+    (0x34, "io_type", Int8ul),
+    (0x35, "io_length", Int8ul),
+    (0x36, "io_apic_id", Int8ul),
+    (0x38, "io_apic", Int32ul),
+    (0x3C, "io_first_interrupt", Int32ul),
+    # Type 2, interrupt source override, twice: the timer and the SCI.
+    (0x40, "timer_type", Int8ul),
+    (0x41, "timer_length", Int8ul),
+    (0x43, "timer_source", Int8ul),
+    (0x44, "timer_interrupt", Int32ul),
+    (0x4A, "sci_type", Int8ul),
+    (0x4B, "sci_length", Int8ul),
+    (0x4D, "sci_source", Int8ul),
+    (0x4E, "sci_interrupt", Int32ul),
+    (0x52, "sci_flags", Int16ul),
 )
-"""Interrupt controllers. Source: ACPI 6.4, 5.2.12 and 5.2.12.2."""
+"""Interrupt controllers. Source: ACPI 6.4, 5.2.12, 5.2.12.2, .3 and .5."""
 
 DSDT_CODE = bytes.fromhex(
     "08 5f53355f"  # NameOp, the name _S5_
@@ -157,6 +173,11 @@ NO_C2, NO_C3 = 101, 1001
 PCAT_COMPAT = 1
 """MADT flag: a pair of 8259s as well."""
 PROCESSOR_ENABLED = 1
+
+IO_APIC = 0xFEC0_0000
+TIMER_INPUT = 2
+"""Of the I/O APIC, where a PC's IRQ 0 arrives."""
+ACTIVE_HIGH, LEVEL_TRIGGERED = 1, 3 << 2
 
 
 def build_acpi(base: PhysAddr) -> bytes:
@@ -257,10 +278,24 @@ def _madt() -> bytes:
         "local_apic": LOCAL_APIC,
         "flags": PCAT_COMPAT,
         "type": 0,
-        "entry_length": MADT.size - MADT.offsets["type"],
+        "entry_length": 8,
         "processor_uid": 0,
         "apic_id": 0,
         "entry_flags": PROCESSOR_ENABLED,
+        "io_type": 1,
+        "io_length": 12,
+        "io_apic_id": 0,
+        "io_apic": IO_APIC,
+        "io_first_interrupt": 0,
+        "timer_type": 2,
+        "timer_length": 10,
+        "timer_source": 0,
+        "timer_interrupt": TIMER_INPUT,
+        "sci_type": 2,
+        "sci_length": 10,
+        "sci_source": SCI_INTERRUPT,
+        "sci_interrupt": SCI_INTERRUPT,
+        "sci_flags": ACTIVE_HIGH | LEVEL_TRIGGERED,
     }
     return _table(MADT, b"APIC", 1, values)
 

@@ -7,7 +7,7 @@ The layout is a PC's: RAM below 640 KiB, the VGA window, the BIOS ROM, RAM from
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -112,6 +112,29 @@ class MemoryMap:
             high_top = PCI_HOLE_END + ram_bytes - low_top
             regions.append(Region(PhysAddr(PCI_HOLE_END), PhysAddr(high_top), ram))
         return cls(regions)
+
+    def attach(self, start: int, size: int, device: Mmio) -> None:
+        """Put a device's registers into the region of devices around them.
+
+        Raises:
+            CallerError: the range does not lie in one region of devices.
+        """
+        region = self.find(start)
+        if region is None or region.kind is not RegionKind.MMIO or (
+            start + size > region.end
+        ):
+            raise CallerError(
+                f"no room for device registers [{start:#x}, {start + size:#x}): "
+                "expected inside a window where no memory answers"
+            )
+        at = self.regions.index(region)
+        parts = [
+            replace(region, end=PhysAddr(start)),
+            Region(PhysAddr(start), PhysAddr(start + size), region.kind, device=device),
+            replace(region, start=PhysAddr(start + size)),
+        ]
+        self.regions[at : at + 1] = [part for part in parts if part.start < part.end]
+        self._starts = [part.start for part in self.regions]
 
     def find(self, pa: int) -> Region | None:
         """Return the region that holds `pa`, or None."""

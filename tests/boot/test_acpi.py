@@ -71,7 +71,7 @@ def test_signatures_revisions_and_lengths_are_the_specifications(
         (table[:4], table[8], len(table))
         for table in (tables.xsdt, tables.fadt, tables.madt)
     ]
-    assert found == [(b"XSDT", 1, 52), (b"FACP", 3, 244), (b"APIC", 1, 52)]
+    assert found == [(b"XSDT", 1, 52), (b"FACP", 3, 244), (b"APIC", 1, 84)]
     assert list(tables.by_signature) == [b"FACP", b"APIC"]
     assert (tables.dsdt[:4], tables.dsdt[8]) == (b"DSDT", 2)
     assert (tables.facs[:4], len(tables.facs), tables.facs[32]) == (b"FACS", 64, 1)
@@ -117,6 +117,10 @@ def test_one_processor_and_the_legacy_controllers_are_all_there_is(
 ) -> None:
     assert struct.unpack_from("<II", tables.madt, 36) == (0xFEE0_0000, 1)
     assert struct.unpack_from("<BBBBI", tables.madt, 44) == (0, 8, 0, 0, 1)
+    io_apic = struct.unpack_from("<BBBBII", tables.madt, 52)
+    assert io_apic == (1, 12, 0, 0, 0xFEC0_0000, 0)
+    overrides = [struct.unpack_from("<BBBBIH", tables.madt, at) for at in (64, 74)]
+    assert overrides == [(2, 10, 0, 0, 2, 0), (2, 10, 0, 9, 9, 0xD)]
 
 
 def test_vector_the_dsdt_is_what_iasl_compiles(tables: Tables) -> None:
@@ -163,7 +167,7 @@ def test_a_kernel_takes_the_tables_without_a_complaint_and_switches_off_by_them(
         "ACPI: RSDP 0x000000000F000000 000024 (v02 CBIT  )",
         "ACPI: 1 ACPI AML tables successfully acquired and loaded",
         "ACPI: PM: (supports S0 S5)",
-        "ACPI: Using PIC for interrupt routing",
+        "ACPI: Using IOAPIC for interrupt routing",
         "reboot: Power down",
     ):
         assert fact in said

@@ -1,0 +1,170 @@
+"""16550A serial port: COM1 at 3F8h.
+
+Sending takes no time: the holding register is always empty. Source: National
+Semiconductor PC16550D data sheet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+COM1, COM1_IRQ = 0x3F8, 4
+DATA, IER, IIR, LCR, MCR, LSR, MSR, SCRATCH = range(8)
+DLAB = 0x80
+DATA_READY, OVERRUN, THR_EMPTY = 0x01, 0x02, 0x60
+RECEIVE_INTERRUPT, SEND_INTERRUPT, LINE_INTERRUPT = 1, 2, 4
+LOOP, OUT2 = 0x10, 0x08
+FIFO_SIZE = 16
+CONNECTED = 0xB0
+"""Modem status: DCD, DSR and CTS."""
+
+
+class Uart:
+    """The port.
+
+    Args:
+        sink: receives what the guest sends.
+        line: drives the interrupt.
+        base: first port.
+    """
+
+    STATE = "ier lcr mcr scratch divisor fifo send_pending overrun".split()
+
+    def __init__(
+        self,
+        sink: Callable[[bytes], None],
+        line: Callable[[bool], None],
+        base: int = COM1,
+    ) -> None:
+        self.base = base
+        self.ier = self.lcr = self.mcr = self.scratch = 0
+        self.divisor = 1
+        self.fifo = False
+        self.send_pending = False
+        self.overrun = False
+        self._received: deque[int] = deque()  # in the FIFO
+        self._waiting: deque[int] = deque()  # on the other end of the wire
+        self._sink = sink
+        self._line = line
+
+    def feed(self, data: bytes) -> None:
+        """Let bytes arrive; what the FIFO cannot take waits on the wire."""
+        self._waiting.extend(data)
+        self._refill()
+        self._update()
+
+    def read_port(self, port: int, size: int) -> int:
+        """Read one register."""
+        register = port - self.base
+        if register == DATA:
+            if self.lcr & DLAB:
+                return self.divisor & 0xFF
+            value = self._received.popleft() if self._received else 0
+            self._refill()
+            self._update()
+            return value
+        if register == IER:
+            return self.divisor >> 8 if self.lcr & DLAB else self.ier
+        if register == IIR:
+            return self._identify()
+        if register == LSR:
+            value = THR_EMPTY | DATA_READY * bool(self._received)
+            value |= OVERRUN * self.overrun
+            self.overrun = False
+            return value
+        if register == MSR:
+            return self._modem_status()
+        return {LCR: self.lcr, MCR: self.mcr, SCRATCH: self.scratch}[register]
+
+    def write_port(self, port: int, value: int, size: int) -> None:
+        """Write one register."""
+        register = port - self.base
+        value &= 0xFF
+        if register == DATA:
+            if self.lcr & DLAB:
+                self.divisor = self.divisor & 0xFF00 | value
+                return
+            self._send(value)
+        elif register == IER:
+            if self.lcr & DLAB:
+                self.divisor = self.divisor & 0xFF | value << 8
+                return
+            if value & SEND_INTERRUPT and not self.ier & SEND_INTERRUPT:
+                self.send_pending = True
+            self.ier = value & 0xF
+        elif register == IIR:
+            self.fifo = bool(value & 1)
+            if value & 2:
+                self._received.clear()
+                self._refill()
+        elif register == LCR:
+            self.lcr = value
+        elif register == MCR:
+            self.mcr = value & 0x1F
+        elif register == SCRATCH:
+            self.scratch = value
+        self._update()
+
+    def _send(self, value: int) -> None:
+        if self.mcr & LOOP:
+            if len(self._received) < self._room():
+                self._received.append(value)
+            else:
+                self.overrun = True
+        else:
+            self._sink(bytes([value]))
+        self.send_pending = True
+
+    def _room(self) -> int:
+        return FIFO_SIZE if self.fifo else 1
+
+    def _refill(self) -> None:
+        while self._waiting and len(self._received) < self._room():
+            self._received.append(self._waiting.popleft())
+
+    def _modem_status(self) -> int:
+        if not self.mcr & LOOP:
+            return CONNECTED
+        # In loop-back DTR, RTS, OUT1, OUT2 come back as DSR, CTS, RI, DCD.
+        mcr = self.mcr
+        return (mcr & 1) << 5 | (mcr & 2) << 3 | (mcr & 4) << 4 | (mcr & 8) << 4
+
+    def _cause(self) -> int | None:
+        if self.overrun and self.ier & LINE_INTERRUPT:
+            return 6
+        if self._received and self.ier & RECEIVE_INTERRUPT:
+            return 4
+        if self.send_pending and self.ier & SEND_INTERRUPT:
+            return 2
+        return None
+
+    def _identify(self) -> int:
+        cause = self._cause()
+        if cause == 2:
+            self.send_pending = False
+            self._update()
+        return (1 if cause is None else cause) | 0xC0 * self.fifo
+
+    def _update(self) -> None:
+        # Edge-triggered in a PC: a cause that is left after another must show.
+        active = self._cause() is not None and bool(self.mcr & OUT2)
+        self._line(active)
+
+    def state(self) -> dict[str, object]:
+        """Return the state, for JSON."""
+        return {
+            **{key: getattr(self, key) for key in self.STATE},
+            "received": list(self._received),
+            "waiting": list(self._waiting),
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Set what `state` returned."""
+        for key in self.STATE:
+            setattr(self, key, state[key])
+        for name, queue in (("received", self._received), ("waiting", self._waiting)):
+            saved = state[name]
+            assert isinstance(saved, list)
+            queue.clear()
+            queue.extend(saved)
