@@ -21,8 +21,9 @@ from typing import BinaryIO
 from ..errors import CbitError, InputError
 from ..machine import Machine
 from .board import build_board, describe_board
-from .container import ContainerReader, encode_header, write_container
+from .container import encode_header, write_container
 from .contents import restore_contents, sections_of
+from .reader import ContainerReader
 
 __all__ = ["load_snapshot", "save_snapshot"]
 

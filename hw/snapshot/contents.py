@@ -20,8 +20,9 @@ from ..memory.sparse import PAGES_PER_REGION, SparseMemory
 from ..memory.state import CacheState, DramState, LineStoreState
 from ..types import PhysAddr
 from .board import MAX_SLOTS, build_random, room_for
-from .container import PIECE_BYTES, ContainerReader, Section, array_section
+from .container import PIECE_BYTES, Section, array_section
 from .facts import Facts
+from .reader import ContainerReader
 
 WORD = np.dtype(np.uint64)
 MARK = np.dtype(np.uint16)
