@@ -42,7 +42,7 @@ def save_snapshot(
         file: buffered, written from its position on; need not be seekable.
         machine: no other thread uses it now.
         extra: facts of the caller, such as the registers of a native core or the
-            state of devices; JSON with string keys and lists, bytes as hex.
+            state of devices: JSON with string keys. Tuples come back as lists.
 
     Raises:
         CallerError: `extra` is not such JSON, or the machine has an engine profile of

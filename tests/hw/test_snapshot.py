@@ -215,8 +215,13 @@ def test_facts_of_the_caller_come_back() -> None:
     assert load_snapshot(io.BytesIO(saved(Machine(ram=RAM))), "file")[1] == {}
 
 
+def test_tuples_of_the_caller_come_back_as_lists() -> None:
+    data = saved(Machine(ram=RAM), {"counts": [(14, 2), (32, 1)]})
+    assert load_snapshot(io.BytesIO(data), "file")[1] == {"counts": [[14, 2], [32, 1]]}
+
+
 @pytest.mark.parametrize(
-    "value", [b"bytes", {1: 2}, (1, 2), float("nan"), object(), {"a": {2: 3}}]
+    "value", [b"bytes", {1: 2}, float("nan"), object(), {"a": [({2: 3},)]}, {"é"}]
 )
 def test_facts_that_would_not_come_back_are_refused_before_a_byte(
     value: object,
