@@ -199,7 +199,7 @@ def boot(run: BootRun) -> None:
         image,
         e820=firmware_memory_map(machine),
         command_line=os.fsencode(request.cmdline),
-        initrd=_read_initrd(request.initrd),
+        initrd=read_initrd(request.initrd),
         five_levels=request.la57,
         rng_seed=RandomSource(request.seed).draw(32),
     )
@@ -265,7 +265,13 @@ def _ranges(
     return kernel, RangeDigests(start, PhysAddr(align_up(start + size, PAGE_SIZE)))
 
 
-def _read_initrd(path: str | None) -> bytes | None:
+def read_initrd(path: str | None) -> bytes | None:
+    """Return an initrd's bytes, None if none was named.
+
+    Raises:
+        InputError: no regular file, or an empty one.
+        OSError: it cannot be read.
+    """
     if path is None:
         return None
     with open(path, "rb") as file:

@@ -20,9 +20,11 @@ from ..hw.errors import CbitError
 VERBS = {
     "boot": "boot:boot",
     "cpuid": "cpuid:cpuid",
+    "diff": "diff:diff",
     "dram": "dram:dram",
     "models": "cpuid:models",
     "msr": "msr:msr",
+    "run": "run:run",
 }
 """Verb to `module:function` below tools/; loading one does not load the others."""
 

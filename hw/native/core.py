@@ -60,11 +60,19 @@ TSC_HZ = 1_000_000_000
 PORT_ACCESS_NS = 1_000
 """An access to an ISA port takes about a microsecond."""
 
+SHORTEST_TSC_NS, LONGEST_TSC_NS = 16, 2_048
+"""What reading the time-stamp counter costs, first and at most."""
+
+POLLING_NS = 64
+"""Two readings with no more code than this between them are a delay loop."""
+
 LONGEST_SLICE_NS = 4_000_000
 """How long code may run before the host is looked at: time-out, input, signals."""
 
 CODE_64 = 0x00AF_9B00_0000_FFFF
 DATA_64 = 0x00CF_9300_0000_FFFF
+LONGEST_NAP = 0.05
+"""Seconds that HLT sleeps at a time when time is the host's."""
 _NEVER = 1 << 62
 
 
@@ -93,17 +101,21 @@ class NativeCore:
     Args:
         machine: shared; its `cpu` holds control registers and MSRs.
         platform: the devices, clock and interrupt controllers.
+        wall_clock: time is the host's, and HLT waits; such a run does not repeat.
 
     Attributes:
         exceptions: delivered events by vector, interrupts left out.
         interrupts: delivered interrupts.
         every_slice: called between slices of code; may ask to stop.
+        before_idle: called before HLT lets time pass, with nanoseconds.
 
     Raises:
         EngineError: the engine is missing or not the build that is known.
     """
 
-    def __init__(self, machine: Machine, platform: Platform) -> None:
+    def __init__(
+        self, machine: Machine, platform: Platform, *, wall_clock: bool = False
+    ) -> None:
         self.machine = machine
         self.platform = platform
         self.exceptions: Counter[int] = Counter()
@@ -115,7 +127,8 @@ class NativeCore:
         self._skipped = 0
         self._slice_end = 0
         self._host_deadline = float("inf")
-        self._tsc_offset = 0
+        self._tsc_read, self._tsc_cost = 0, SHORTEST_TSC_NS
+        self._host_start = time.monotonic_ns() if wall_clock else None
 
         cpu = machine.cpu
         self._cpu = cpu
@@ -217,12 +230,35 @@ class NativeCore:
         self._cpu.cpl = 3 if self.state.cpl else 0
         return self._stop
 
+    def save(self) -> dict[str, object]:
+        """Return the processor's state, for JSON; the machine's own is not in it."""
+        return {
+            "state": self.state.save().hex(),
+            "time": [self._skipped, self.block_clock.total],
+            "interrupts": self.interrupts,
+            "exceptions": sorted(self.exceptions.items()),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Set what `save` returned, on a machine with the memory and CRs of then.
+
+        Raises:
+            EngineError, KeyError, TypeError, ValueError: not what `save` returns.
+        """
+        self.state.restore(bytes.fromhex(saved["state"]))
+        self._skipped, self.block_clock.executed = map(int, saved["time"])
+        self.interrupts = int(saved["interrupts"])
+        self.exceptions = Counter({int(v): int(n) for v, n in saved["exceptions"]})
+        self.filler.flush()
+        self._interrupt_line()
+
     def stop(self, reason: str = "") -> None:
         """End the run at the next block; may be called from any callback."""
         self._end(Stop(Ending.STOPPED, reason))
 
     def close(self) -> None:
-        """Give the engine back."""
+        """Give the engine back; the machine goes on with its Python core."""
+        self.machine.caches.release_views(self.filler.flush)
         self.engine.close()
 
     def _end(self, stop: Stop) -> None:
@@ -336,7 +372,10 @@ class NativeCore:
 
     def _sync_clock(self) -> int:
         clock = self.platform.clock
-        now = self._skipped + self.block_clock.now
+        if self._host_start is not None:
+            now = self._skipped + time.monotonic_ns() - self._host_start
+        else:
+            now = self._skipped + self.block_clock.now
         if now >= clock.next_deadline:
             clock.advance_to(now)
         else:
@@ -349,9 +388,8 @@ class NativeCore:
 
     def _new_slice(self) -> None:
         clock = self.platform.clock
-        now = self._skipped + self.block_clock.now
-        length = min(max(clock.next_deadline - now, 1), LONGEST_SLICE_NS)
-        self._slice_end = now + length
+        length = min(max(clock.next_deadline - clock.now, 1), LONGEST_SLICE_NS)
+        self._slice_end = clock.now + length
         self.block_clock.start_slice(length)
 
     def _slice_over(self) -> None:
@@ -365,7 +403,20 @@ class NativeCore:
         self.every_slice()
 
     def _read_tsc(self) -> int:
-        return self._sync_clock() + self._tsc_offset
+        """Return the counter; a guest that does nothing but poll it waits faster.
+
+        Delay loops read the counter until enough time has gone by. Each reading that
+        follows another at once takes twice as long, up to a limit that still is exact
+        enough for them.
+        """
+        now = self._sync_clock()
+        if now - self._tsc_read < POLLING_NS + self._tsc_cost:
+            self._tsc_cost = min(2 * self._tsc_cost, LONGEST_TSC_NS)
+        else:
+            self._tsc_cost = SHORTEST_TSC_NS
+        self._tsc_read = now
+        self.block_clock.charge(self._tsc_cost)
+        return now
 
     def _halt(self) -> None:
         """HLT: jump to the next timer until something interrupts."""
@@ -384,9 +435,13 @@ class NativeCore:
             if clock.next_deadline >= _NEVER:
                 self._end(Stop(Ending.HALTED, "HLT, and no timer is armed"))
                 return
-            now = clock.next_deadline
-            self._skipped += now - (self._skipped + self.block_clock.now)
-            clock.advance_to(now)
+            if self._host_start is not None:
+                time.sleep(min(wait / 1e9, LONGEST_NAP))
+                self._sync_clock()
+            else:
+                now = clock.next_deadline
+                self._skipped = now - self.block_clock.now
+                clock.advance_to(now)
         self._new_slice()
 
     # Interrupts

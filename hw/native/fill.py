@@ -34,7 +34,7 @@ from .engine import (
     PROT_WRITE,
     Engine,
 )
-from .memory import NOWHERE, SLOT_SHIFT, NativeMemory
+from .memory import NOWHERE, ROM_BASE, SLOT_SHIFT, NativeMemory
 from .state import EngineState
 
 _USER, _LIFTED = int(Access.USER), int(Access.LIFTED)
@@ -270,7 +270,9 @@ class TlbFiller:
         pa, slot = found.pa, found.slot
         if kind == 2:
             raise GeneralProtection(f"code at {pa:#x}, where no memory answers")
-        if self._memory.machine.map.find(pa) is None:
+        if kind == 0 and any(start <= pa < end for start, end in self._memory.rom):
+            self._answer(result, ROM_BASE + pa, PROT_READ)
+        elif self._memory.machine.map.find(pa) is None:
             self._memory.unpopulated += 1
             self._answer(result, NOWHERE, _RW)
         else:

@@ -11,7 +11,10 @@ ones are read, as on a real bus.
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
+
+import numpy as np
 
 from ..machine import Machine
 from ..memory import Region, RegionKind
@@ -23,6 +26,9 @@ SLOT_SHIFT = 44
 
 NOWHERE = (1 << 52) - PAGE_SIZE
 """The engine's frame for physical addresses where nothing answers."""
+
+ROM_BASE = 1 << 51
+"""The engine's frames of ROM, for loads."""
 
 PERMISSION_MAP = (1 << 52) - 16 * PAGE_SIZE
 """VMCB and MSR permission map of the intercepts; no guest address leads there."""
@@ -48,7 +54,22 @@ class NativeMemory:
         ]
         self._engine = engine
         self._slots: set[int] = set()
+        self._rom_copies: list[Any] = []
+        self.rom: list[tuple[int, int]] = []
+        for region in machine.map.regions:
+            if region.kind is RegionKind.ROM:
+                self._map_rom(region)
         engine.map_device(NOWHERE, PAGE_SIZE, _read_ones, _write_nothing)
+
+    def _map_rom(self, region: Region) -> None:
+        """Let loads from ROM run at memory speed; stores go through the bus."""
+        size = region.end - region.start
+        copy = mmap.mmap(-1, size)
+        copy.write(region.rom)
+        host = int(np.frombuffer(copy, np.uint8).ctypes.data)
+        self._rom_copies.append(copy)
+        self.rom.append((region.start, region.end))
+        self._engine.map_memory(ROM_BASE + region.start, size, host)
 
     def add_slot(self, slot: int) -> None:
         """Map all memory under a key slot, if it is not yet; flushes the TLB."""
