@@ -33,6 +33,9 @@ ExceptionHandler = Callable[["Cpu", CpuException], bool]
 RESET_CR0 = 0x6000_0010
 """CD, NW and ET. Source: [APM2] Table 14-1."""
 
+MOST_ROOTS = 64
+"""Values of CR3 that are known to be valid in a mode."""
+
 MOVE_SIZE = 8
 """Bytes that REP MOVS moves at a time where source and target are one frame."""
 
@@ -84,6 +87,7 @@ class Cpu:
         self._readable = caches.readable
         self._controller = controller
         self._trace = trace
+        self._roots: dict[int, Cr3] = {}
         self._handlers: dict[int, ExceptionHandler] = {}
         self.mmu = Mmu(bus, self._page_fault)
         # Bound once: the shortest way to a byte is the one taken most.
@@ -219,10 +223,15 @@ class Cpu:
         Raises:
             GeneralProtection: bits above the reduced physical width.
         """
-        new = Cr3(value)
-        check_cr3(new, self._cr4, self.mmu.rules)
+        kept = self._roots.get(value)
+        if kept is None:
+            new = Cr3(value)
+            check_cr3(new, self._cr4, self.mmu.rules)
+            if len(self._roots) >= MOST_ROOTS:
+                self._roots.clear()
+            kept = self._roots[value] = new.replace(no_flush=0)
         self._note_cr(3, value)
-        self._cr3 = new.replace(no_flush=0)
+        self._cr3 = kept
         self.mmu.root = self._cr3.value
         self.mmu.flush(keep_global=bool(self._cr4.pge))
 
@@ -451,6 +460,7 @@ class Cpu:
 
     def _enter_mode(self) -> None:
         """Derive the walker from CR0, CR4, EFER, SYSCFG and the model."""
+        self._roots.clear()
         layout = LONG_5_LEVEL if self._cr4.la57 else LONG_4_LEVEL
         protection = Protection(
             write_protect=bool(self._cr0.write_protect),

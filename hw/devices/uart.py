@@ -47,6 +47,7 @@ class Uart:
         self._waiting: deque[int] = deque()  # on the other end of the wire
         self._sink = sink
         self._line = line
+        self._active = False
 
     def feed(self, data: bytes) -> None:
         """Let bytes arrive; what the FIFO cannot take waits on the wire."""
@@ -147,9 +148,10 @@ class Uart:
         return (1 if cause is None else cause) | 0xC0 * self.fifo
 
     def _update(self) -> None:
-        # Edge-triggered in a PC: a cause that is left after another must show.
         active = self._cause() is not None and bool(self.mcr & OUT2)
-        self._line(active)
+        if active != self._active:
+            self._active = active
+            self._line(active)
 
     def state(self) -> dict[str, object]:
         """Return the state, for JSON."""
@@ -168,3 +170,4 @@ class Uart:
             assert isinstance(saved, list)
             queue.clear()
             queue.extend(saved)
+        self._active = self._cause() is not None and bool(self.mcr & OUT2)

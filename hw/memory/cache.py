@@ -213,6 +213,10 @@ class CacheHierarchy:
         """Return the lines of a slot, for a core that maps them; made on first use."""
         return self._store(slot)
 
+    def owner_words(self) -> memoryview:
+        """Return, per page, the tag that touched it last plus 1; 0 for none."""
+        return self._owner_word
+
     def page_is_plain(self, slot: int, page: int, *, write: bool) -> bool:
         """Tell whether every access to the page is a hit that changes no state."""
         return self._is_plain(slot, page, write)

@@ -20,6 +20,8 @@ from ..faults import CpuException
 from ..types import PAGE_SIZE
 from .state import RAX, RCX, RDI, RSI, EngineState
 
+_U64 = (1 << 64) - 1
+
 WORTH_IT = 2 * PAGE_SIZE
 """Bytes left from which a bulk operation beats the engine."""
 
@@ -44,21 +46,27 @@ class Bulk:
 
     def __init__(self, state: EngineState, cpu: Cpu) -> None:
         self.performed = 0
+        self._other_code = -1  # where there was no string operation, last
         self._state = state
         self._cpu = cpu
         self.code_at = lambda rip, length: b""
 
     def is_worth_it(self, va: int) -> bool:
-        """Tell whether the store that misses at page `va` belongs to a long one."""
+        """Tell whether the access that misses at page `va` belongs to a long one."""
         regs = self._state.regs
-        if regs[RDI] & -PAGE_SIZE != va or regs[RCX] < WORTH_IT // 8:
+        if regs[RCX] < WORTH_IT // 8 or va not in (
+            regs[RDI] & -PAGE_SIZE,
+            regs[RSI] & -PAGE_SIZE,
+        ):
+            return False
+        rip = self._state.rip
+        if rip == self._other_code:
             return False
         operation = self.decode()
-        return (
-            operation is not None
-            and operation.size * operation.count >= WORTH_IT
-            and not self._state.direction_down
-        )
+        if operation is None:
+            self._other_code = rip
+            return False
+        return operation.size * operation.count >= WORTH_IT
 
     def decode(self) -> StringOperation | None:
         """Return the operation at RIP, or None if it is none that is done here."""
@@ -84,21 +92,45 @@ class Bulk:
         regs, cpu = self._state.regs, self._cpu
         target, source = regs[RDI], regs[RSI]
         wanted = operation.size * operation.count
+        if self._state.direction_down:
+            return self._perform_down(operation)
         length = self._mapped(target, wanted, write=True)
         if operation.copies:
             length = min(length, self._mapped(source, length, write=False))
-            if target - source & (1 << 64) - 1 < length:
+            if target - source & _U64 < length:
                 length = 0  # each element repeats an earlier one: not a copy
         length -= length % operation.size
         if not length:
             return target, 0
         if operation.copies:
             cpu.copy(target, source, length)
-            regs[RSI] = source + length & (1 << 64) - 1
+            regs[RSI] = source + length & _U64
         else:
             self._fill(target, operation.size, length)
-        regs[RDI] = target + length & (1 << 64) - 1
+        regs[RDI] = target + length & _U64
         regs[RCX] -= length // operation.size
+        self.performed += 1
+        return target, length
+
+    def _perform_down(self, operation: StringOperation) -> tuple[int, int]:
+        """Do a MOVS that goes to lower addresses, whole or not at all."""
+        regs, cpu, size = self._state.regs, self._cpu, operation.size
+        length = size * operation.count
+        target = regs[RDI] + size - length & _U64
+        source = regs[RSI] + size - length & _U64
+        repeats = source - target & _U64 < length
+        if (
+            not operation.copies
+            or repeats
+            or max(target, source) + length > _U64
+            or self._mapped(target, length, write=True) < length
+            or self._mapped(source, length, write=False) < length
+        ):
+            return target, 0
+        cpu.store(target, cpu.load(source, length))
+        regs[RDI] = target - size & _U64
+        regs[RSI] = source - size & _U64
+        regs[RCX] = 0
         self.performed += 1
         return target, length
 

@@ -211,7 +211,7 @@ class Exits:
         self._done(length)
 
     def _write_cr3(self) -> None:
-        value, length = self._reader.cr_operand(0)
+        value, length = self._reader.cr3_operand()
         cpu = self._cpu
         cpu.write_cr3(value)
         self._state.set_cr(3, cpu.read_cr3())

@@ -21,10 +21,11 @@ from ..cpu import Cpu
 from ..errors import CbitError
 from ..faults import CpuException, GeneralProtection
 from ..memory import CacheHierarchy
+from ..memory.line_store import ALL_LINES
 from ..paging import Access, Entry, Translation
-from ..paging.walk import EXECUTABLE
+from ..paging.walk import WRITABLE
 from ..types import PAGE_SHIFT, PAGE_SIZE
-from .bulk import Bulk
+from .bulk import WORTH_IT, Bulk
 from .engine import (
     FILL,
     HOOK_TLB_FILL,
@@ -34,18 +35,18 @@ from .engine import (
     PROT_WRITE,
     Engine,
 )
-from .memory import NOWHERE, ROM_BASE, SLOT_SHIFT, NativeMemory
-from .state import EngineState
+from .memory import NOWHERE, SLOT_SHIFT, NativeMemory
+from .state import RCX, EngineState
 
 _USER, _LIFTED = int(Access.USER), int(Access.LIFTED)
 _WRITE, _FETCH = int(Access.WRITE), int(Access.FETCH)
 _ACCESS = (0, _WRITE, _FETCH)
 _AC = 1 << 18
-_GLOBAL = int(Entry.G)
+_GLOBAL, _DIRTY = int(Entry.G), int(Entry.D)
 _RX, _RW = PROT_READ | PROT_EXEC, PROT_READ | PROT_WRITE
 
-MOST_AHEAD = 512
-"""Pages that a sequential reader or writer has filled ahead of it."""
+FEWEST_AHEAD, MOST_AHEAD = 16, 512
+"""Pages of a large leaf that are filled ahead, for anybody and for a stream."""
 
 MOST_LOCAL = 256
 """Translations that are dropped one by one at a change of CR3."""
@@ -86,8 +87,8 @@ class TlbFiller:
         self._caches = caches
         self._bulk = bulk
         self._code: set[int] = set()
-        self._written: set[int] = set()
-        self._stale_code: set[int] = set()
+        self._written: dict[int, list[int]] = {}
+        self._runnable: dict[int, list[int]] = {}
         self._large: set[int] = set()
         self._local: list[int] = []
         self._local_code = False
@@ -106,6 +107,7 @@ class TlbFiller:
         self._engine.flush_tlb()
         self._state.freeze_tlb_size_clock()
         self._written.clear()
+        self._runnable.clear()
         self._large.clear()
         self._local.clear()
         self._local_code = False
@@ -150,10 +152,13 @@ class TlbFiller:
         """Drop the blocks of a frame, and every translation that could run them."""
         self._code.discard(native_page)
         self._purge_target = native_page << PAGE_SHIFT
-        start = DUMMY_PAGE
-        self._engine.forget_code(start, start + PAGE_SIZE)
+        self._engine.forget_code(DUMMY_PAGE, DUMMY_PAGE + PAGE_SIZE)
         self._purge_target = 0
-        self.flush()
+        drop = self._state.drop_translation
+        drop(DUMMY_PAGE >> PAGE_SHIFT)
+        for page in self._runnable.pop(native_page, ()):
+            drop(page)
+            self.fetched.pop(page, None)
 
     # The fill
 
@@ -161,9 +166,9 @@ class TlbFiller:
         mmu, state, caches = self._cpu.mmu, self._state, self._caches
         words, quads = state.words, state.quads
         hflags_at, eflags_at, rip_at = 176 // 4, 136 // 8, 128 // 8
-        is_plain = caches.page_is_plain
-        (_, low_end), *middle = self._memory.ram
-        ranges = middle
+        coherent, is_plain = caches.coherent, caches.page_is_plain
+        owner, lines = caches.owner_words(), self._memory.line_words
+        (_, low_end), (main_start, main_end), *ranges = self._memory.ram
         local = self._local
         code, written, large, fetched = (
             self._code,
@@ -171,6 +176,8 @@ class TlbFiller:
             self._large,
             self.fetched,
         )
+        runnable, regs = self._runnable, state.regs
+        drop = state.drop_translation
         results = self._results
 
         def fill(_uc: Any, va: int, kind: int, result: int, _user: Any) -> bool:
@@ -198,20 +205,42 @@ class TlbFiller:
                     found = walker.walk(mmu.root, va, access)
                 pa, slot, rights, shift, entry = found
                 page = pa >> PAGE_SHIFT
-                if page >= low_end and not any(a <= page < b for a, b in ranges):
-                    return self._fill_device(result, found, kind)
-                if not is_plain(slot, page, write=kind == 1) and not self._claim(
-                    va, found, kind == 1
+                if (
+                    regs[RCX] >= WORTH_IT // 8
+                    and kind != 2
+                    and self._bulk.is_worth_it(va)
                 ):
-                    return False
+                    if not self.skip_bulk:
+                        self.pending = self.BULK
+                        return False
+                    self.skip_bulk = False
+                if (
+                    not main_start <= page < main_end
+                    and page >= low_end
+                    and not any(a <= page < b for a, b in ranges)
+                ):
+                    return self._fill_device(result, found, kind)
+                valid, dirty = lines[slot]
+                if (
+                    owner[page] != slot + 1
+                    or valid[page] != ALL_LINES
+                    or (kind == 1 and dirty[page] != ALL_LINES)
+                    or not (coherent or is_plain(slot, page, write=kind == 1))
+                ):
+                    self._claim(found, kind == 1)
 
                 native = slot << SLOT_SHIFT | pa
                 native_page = native >> PAGE_SHIFT
                 if kind == 2:
                     if native_page not in code:
-                        if native_page in written:
-                            self.flush()
+                        for alias in written.pop(native_page, ()):
+                            drop(alias)
                         code.add(native_page)
+                    aliases = runnable.get(native_page)
+                    if aliases is None:
+                        runnable[native_page] = [va >> PAGE_SHIFT]
+                    else:
+                        aliases.append(va >> PAGE_SHIFT)
                     fetched[va >> PAGE_SHIFT] = self._page_bytes(slot, page)
                     readable = rights | (access & ~_FETCH) << 3 not in walker.refused \
                         if walker is not None else True
@@ -223,11 +252,27 @@ class TlbFiller:
                             perms = _RW | PROT_EXEC
                         else:
                             self._purge(native_page)
-                            written.add(native_page)
+                    aliases = written.get(native_page)
+                    if aliases is None:
+                        written[native_page] = [va >> PAGE_SHIFT]
                     else:
-                        written.add(native_page)
+                        aliases.append(va >> PAGE_SHIFT)
                 else:
                     perms = PROT_READ
+                    if (
+                        rights & WRITABLE
+                        and entry & _DIRTY
+                        and native_page not in code
+                        and dirty[page] == ALL_LINES
+                        and (coherent or is_plain(slot, page, write=True))
+                    ):
+                        # Nothing would change at the first store.
+                        perms = _RW
+                        aliases = written.get(native_page)
+                        if aliases is None:
+                            written[native_page] = [va >> PAGE_SHIFT]
+                        else:
+                            aliases.append(va >> PAGE_SHIFT)
                 if not entry & _GLOBAL:
                     local.append(va >> PAGE_SHIFT)
                     if kind == 2:
@@ -270,8 +315,9 @@ class TlbFiller:
         pa, slot = found.pa, found.slot
         if kind == 2:
             raise GeneralProtection(f"code at {pa:#x}, where no memory answers")
-        if kind == 0 and any(start <= pa < end for start, end in self._memory.rom):
-            self._answer(result, ROM_BASE + pa, PROT_READ)
+        constant = self._memory.constant(pa) if kind == 0 else None
+        if constant is not None:
+            self._answer(result, constant, PROT_READ)
         elif self._memory.machine.map.find(pa) is None:
             self._memory.unpopulated += 1
             self._answer(result, NOWHERE, _RW)
@@ -279,36 +325,31 @@ class TlbFiller:
             self._answer(result, slot << SLOT_SHIFT | pa, _RW)
         return True
 
-    def _claim(self, va: int, found: Translation, write: bool) -> bool:
-        """Bring the page's lines under its tag; False: leave it to a bulk operation."""
+    def _claim(self, found: Translation, write: bool) -> None:
+        """Bring the page's lines under its tag, and those ahead of a stream."""
         pa, slot, _, shift, _ = found
         page = pa >> PAGE_SHIFT
         caches = self._caches
-        sequential = self._expected.get(slot) == page
         count = 1
-        if write and not self.skip_bulk and self._bulk.is_worth_it(va):
-            self.pending = self.BULK
-            return False
-        self.skip_bulk = False
-        if sequential and shift != PAGE_SHIFT:
+        if self._expected.get(slot) == page:
             self._ahead = min(2 * self._ahead, MOST_AHEAD)
-            leaf_end = (page | (1 << shift - PAGE_SHIFT) - 1) + 1
-            count = min(self._ahead, leaf_end - page)
-            end = next((b for a, b in self._memory.ram if a <= page < b), page + 1)
-            count = min(count, end - page)
         else:
-            self._ahead = 1
-        if caches.coherent:
+            self._ahead = FEWEST_AHEAD
+        if shift != PAGE_SHIFT:
+            # The leaf goes on, and with it the tag.
+            leaf_end = (page | (1 << shift - PAGE_SHIFT) - 1) + 1
+            end = next((b for a, b in self._memory.ram if a <= page < b), page + 1)
+            count = min(self._ahead, leaf_end - page, end - page)
+        if count > 1 and caches.others_hold(slot, page, page + count):
+            count = 1
+        if caches.coherent and self._ahead > FEWEST_AHEAD:
             caches.claim(slot, pa, count << PAGE_SHIFT, write=write)
         else:
-            # Lines ahead are filled, not stored to; and none that a tag still holds.
-            if count > 1 and not caches.others_hold(slot, page, page + count):
+            # Lines ahead are filled, not stored to.
+            if count > 1:
                 caches.claim(slot, pa, count << PAGE_SHIFT)
-            else:
-                count = 1
             caches.claim(slot, pa, PAGE_SIZE, write=write)
         self._expected[slot] = page + count
-        return True
 
 
 class NativeFailure(CbitError):

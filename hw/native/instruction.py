@@ -58,6 +58,8 @@ class InstructionReader:
     def cr_register(self) -> tuple[int, int]:
         """Return the general register of MOV to or from CR, and the length."""
         code = self.code_at(self._state.rip, MOST_BYTES)
+        if code[0] == 0x0F:
+            return code[2] & 7, 3
         at = rex = 0
         while code[at] in (0x66, 0xF0, 0xF2, 0xF3):
             at += 1
@@ -81,8 +83,12 @@ class InstructionReader:
             assert register >> 6 == 3, "LMSW from memory"
             low = state.regs[register & 7] & 0xF
             return old & ~0xE | low | old & 1, 3
+        return self.cr3_operand()
+
+    def cr3_operand(self) -> tuple[int, int]:
+        """Return the value that MOV to a control register brings, and the length."""
         register, length = self.cr_register()
-        return state.regs[register], length
+        return self._state.regs[register], length
 
     def memory_operand(self) -> tuple[int, int]:
         """Return the linear address of the memory operand, and the length."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..machine import Machine
 from ..memory import Region, RegionKind
+from ..memory.memory_map import OpenBus
 from ..types import PAGE_SHIFT, PAGE_SIZE
 from .engine import Engine
 
@@ -29,6 +30,9 @@ NOWHERE = (1 << 52) - PAGE_SIZE
 
 ROM_BASE = 1 << 51
 """The engine's frames of ROM, for loads."""
+
+ONES = (1 << 52) - 2 * PAGE_SIZE
+"""The engine's frame of all ones, for loads where nothing answers."""
 
 PERMISSION_MAP = (1 << 52) - 16 * PAGE_SIZE
 """VMCB and MSR permission map of the intercepts; no guest address leads there."""
@@ -42,7 +46,8 @@ class NativeMemory:
 
     Attributes:
         ram: page ranges [first, end) of RAM.
-        unpopulated: fills for addresses where nothing answers.
+        unpopulated: stores to addresses where nothing answers.
+        line_words: per slot, the valid and the dirty words of its pages.
     """
 
     def __init__(self, engine: Engine, machine: Machine) -> None:
@@ -54,22 +59,34 @@ class NativeMemory:
         ]
         self._engine = engine
         self._slots: set[int] = set()
-        self._rom_copies: list[Any] = []
-        self.rom: list[tuple[int, int]] = []
+        self.line_words: dict[int, tuple[memoryview, memoryview]] = {}
+        self._copies: list[Any] = []
+        self._show(ONES, b"\xff" * PAGE_SIZE)
         for region in machine.map.regions:
             if region.kind is RegionKind.ROM:
-                self._map_rom(region)
+                self._show(ROM_BASE + region.start, region.rom)
         engine.map_device(NOWHERE, PAGE_SIZE, _read_ones, _write_nothing)
 
-    def _map_rom(self, region: Region) -> None:
-        """Let loads from ROM run at memory speed; stores go through the bus."""
-        size = region.end - region.start
-        copy = mmap.mmap(-1, size)
-        copy.write(region.rom)
+    def constant(self, pa: int) -> int | None:
+        """Return the engine's frame for loads that always read the same, or None.
+
+        ROM, and windows where no device answers: at memory speed. Stores go through
+        the bus.
+        """
+        region = self.machine.map.find(pa)
+        if region is None or isinstance(region.device, OpenBus):
+            if region is not None and region.kind is RegionKind.ROM:
+                return ROM_BASE + (pa & -PAGE_SIZE)
+            return ONES
+        return None
+
+    def _show(self, address: int, data: bytes) -> None:
+        """Map a copy of bytes that do not change."""
+        copy = mmap.mmap(-1, len(data))
+        copy.write(data)
+        self._copies.append(copy)
         host = int(np.frombuffer(copy, np.uint8).ctypes.data)
-        self._rom_copies.append(copy)
-        self.rom.append((region.start, region.end))
-        self._engine.map_memory(ROM_BASE + region.start, size, host)
+        self._engine.map_memory(address, len(data), host)
 
     def add_slot(self, slot: int) -> None:
         """Map all memory under a key slot, if it is not yet; flushes the TLB."""
@@ -78,6 +95,7 @@ class NativeMemory:
         self._slots.add(slot)
         base = slot << SLOT_SHIFT
         store = self.machine.caches.line_store(slot)
+        self.line_words[slot] = store.valid_word, store.dirty_word
         host = store.data.cells.ctypes.data
         for region in self.machine.map.regions:
             size = region.end - region.start

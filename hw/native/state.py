@@ -51,6 +51,8 @@ _CPU_EXIT_REQUEST, _CPU_INTERRUPT_REQUEST = 21, 28
 
 MMU_MODES = 3
 TLB_ENTRY_SIZE = 64
+_TAGS = 24
+"""Bytes of an entry that say for which loads, stores and fetches it counts."""
 VICTIMS = 8
 _NEVER = (1 << 62).to_bytes(8, "little")
 
@@ -118,6 +120,11 @@ class EngineState:
         self._below = _view(env - 4096, 4096)
         self._cpu = _view(cpu, 64)
         self._end16 = _view(env + _STATE_SIZE - 64, 64).cast("H")
+        self._fast = _view(env + _TLB_FAST, 16 * MMU_MODES).cast("Q")
+        self._victims = [
+            _view(env + _TLB_DESC + _TLB_DESC_SIZE * mode + 48, VICTIMS * TLB_ENTRY_SIZE)
+            for mode in range(MMU_MODES)
+        ]
         self._verify()
         self._uc[_NO_EXIT_REQUEST] = 1
         self.icount_high_address = env + _ICOUNT + 2
@@ -247,18 +254,19 @@ class EngineState:
 
     def drop_translation(self, page: int) -> None:
         """Drop the entries of one virtual page in every mode."""
-        for mode in range(MMU_MODES):
-            fast = 4096 + _TLB_FAST + 16 * mode
-            mask, table = struct.unpack_from("<QQ", self._below, fast)
-            slot = table + ((page << 6) & mask)
-            ctypes.memset(slot, 0xFF, 24)
-            victims = 4096 + _TLB_DESC + _TLB_DESC_SIZE * mode + 48
-            address = page << 12
-            for start in range(victims, victims + VICTIMS * 64, 64):
-                for tag in struct.unpack_from("<3Q", self._below, start):
-                    if tag & -4096 & (1 << 64) - 1 == address:
-                        self._below[start : start + 24] = b"\xff" * 24
-                        break
+        fast, memset = self._fast, ctypes.memset
+        slot = page << 6
+        memset(fast[1] + (slot & fast[0]), 0xFF, _TAGS)
+        memset(fast[3] + (slot & fast[2]), 0xFF, _TAGS)
+        memset(fast[5] + (slot & fast[4]), 0xFF, _TAGS)
+        # The flags of a tag lie in its lowest 12 bits: look for the bytes above.
+        wanted = (page >> 4).to_bytes(6, "little")
+        for victims in self._victims:
+            at = bytes(victims).find(wanted)
+            while at >= 0:
+                start = at & -TLB_ENTRY_SIZE
+                victims[start : start + _TAGS] = b"\xff" * _TAGS
+                at = bytes(victims).find(wanted, start + TLB_ENTRY_SIZE)
 
     def freeze_tlb_size_clock(self) -> None:
         """Keep the engine from sizing its TLB by the host's clock.
