@@ -11,7 +11,7 @@ from ..hw.errors import CallerError
 from ..hw.msr import MSRS, Msr
 from .tables import print_table
 
-BY_NAME = {kind.NAME: kind for kind in MSRS.values()}
+BY_NAME = {kind.NAME.upper(): kind for kind in MSRS.values()}
 
 
 def _number(ctx: click.Context, param: click.Parameter, text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ..cpuid import CpuModel
 from ..errors import CallerError
@@ -13,6 +13,13 @@ from .rule import Access, MsrRule, Write
 from .rules import RULE_BY_ADDRESS, RULES
 
 MsrType = TypeVar("MsrType", bound=Msr)
+
+
+class Served(NamedTuple):
+    """Who holds a register in place of the file."""
+
+    read: Callable[[], int]
+    write: Callable[[int], None]
 
 
 class MsrFault(GeneralProtection):
@@ -49,6 +56,7 @@ class MsrFile:
         self.model = model
         self.smee = smee
         self._values: dict[int, int] = {}
+        self._served: dict[int, Served] = {}
         self._callbacks: list[Callable[[int, int], None]] = []
         self.reset()
 
@@ -71,7 +79,8 @@ class MsrFile:
         rule = self._rule(index, None)
         if Access.READ not in rule.access:
             raise MsrFault(index, None, _refused_access(rule))
-        return self._values[index]
+        served = self._served.get(index)
+        return self._values[index] if served is None else served.read()
 
     def write(self, index: int, value: int, *, paging: bool = False) -> None:
         """Execute WRMSR.
@@ -102,6 +111,8 @@ class MsrFile:
         if reason := rule.objection(write):
             raise MsrFault(index, value, reason)
         self._values[index] = rule.kept(write)
+        if index in self._served:
+            self._served[index].write(self._values[index])
         told = self._values[index] if Access.READ in rule.access else value
         for callback in self._callbacks:
             callback(index, told)
@@ -128,6 +139,25 @@ class MsrFile:
             if index not in self._values or not 0 <= value < 1 << 64:
                 raise CallerError(f"MSR {index:#x} = {value:#x}: no such register")
         self._values.update(state)
+
+    def declares(self, index: int) -> bool:
+        """Tell whether the processor has a register."""
+        rule = RULE_BY_ADDRESS.get(index)
+        return rule is not None and rule.present(self.model)
+
+    def serve(
+        self, index: int, read: Callable[[], int], write: Callable[[int], None]
+    ) -> None:
+        """Let the hardware hold a register: software's accesses go to these functions.
+
+        The rules hold as before; `write` gets what they accepted.
+
+        Raises:
+            CallerError: no such register is declared.
+        """
+        if index not in RULE_BY_ADDRESS:
+            raise CallerError(f"{index:#x} is no MSR of the machine")
+        self._served[index] = Served(read, write)
 
     def on_write(self, callback: Callable[[int, int], None]) -> None:
         """Call `callback` with index and new value after each write by software.

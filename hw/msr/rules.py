@@ -13,6 +13,7 @@ from ..cpuid.words import (
     SizesEbx,
 )
 from . import choices
+from .memory_types import MEMORY_TYPE_RULES
 from .registers import (
     Efer,
     Ghcb,
@@ -32,6 +33,7 @@ from .registers import (
     VmPageFlush,
 )
 from .rule import Access, MsrRule, Write
+from .system import SYSTEM_RULES
 
 ALL_BITS = (1 << 64) - 1
 
@@ -203,7 +205,7 @@ def _has_sev_status(model: CpuModel) -> bool:
     return encryption.sev or (encryption.sme and choices.SEV_STATUS_WITHOUT_SEV)
 
 
-RULES: tuple[MsrRule, ...] = (
+_ENCRYPTION_RULES: tuple[MsrRule, ...] = (
     MsrRule(
         Pat,
         reset=_constant(PAT_AT_RESET),
@@ -275,6 +277,13 @@ RULES: tuple[MsrRule, ...] = (
         objection=_rmp_objection,
         kept=_rmp_end_kept,
     ),
+)
+
+RULES: tuple[MsrRule, ...] = tuple(
+    sorted(
+        (*_ENCRYPTION_RULES, *SYSTEM_RULES, *MEMORY_TYPE_RULES),
+        key=lambda rule: rule.register.ADDRESS,
+    )
 )
 """Every register of a core, by address."""
 

@@ -98,7 +98,7 @@ def test_an_unknown_msr_is_refused_with_the_list(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SYSCGF", "0"], "'SYSCGF' is no integer, expected one or a name: PAT, EFER"),
+        (["SYSCGF", "0"], "'SYSCGF' is no integer, expected one or a name: TSC, APIC"),
         (["SYSCFG", "full"], "'full' is no integer"),
         (["SYSCFG", "0x"], "'0x' is no integer"),
         (["SYSCFG", "010"], "'010' is no integer"),
