@@ -56,7 +56,7 @@ def diff(cpu: str | None, symbols: str | None, as_json: bool, **options: Any) ->
 
 def _print(result: Comparison, names: Symbols) -> None:
     for name, (left, right) in result.masks.items():
-        click.echo(f"{name:<10} reference {left:#x}  kernel {right or 0:#x}")
+        click.echo(f"{name:<10} reference {left:#x}  kernel {right:#x}")
     click.echo(
         f"CR3        reference {result.reference.cr3:#x}  kernel {result.native.cr3:#x}"
     )

@@ -101,7 +101,9 @@ def _only_native_wrote(word: Word) -> bool:
 def _encryption_mask(word: Word, context: Context) -> bool:
     mask = context.state.me_mask
     return (
-        _only_native_wrote(word) and mask != 0 and (word.image, word.native) == (0, mask)
+        _only_native_wrote(word)
+        and mask != 0
+        and (word.image, word.native) == (0, mask)
     )
 
 
@@ -144,18 +146,24 @@ def _descriptor(word: Word, context: Context) -> bool:
 
 def _next_table(word: Word, context: Context) -> bool:
     """A 32-bit counter of early page tables: 2, or 3 with five levels."""
-    return _only_native_wrote(word) and word.image == 0 and word.native in (
-        2,
-        3,
-        2 << 32,
-        3 << 32,
+    return (
+        _only_native_wrote(word)
+        and word.image == 0
+        and word.native
+        in (
+            2,
+            3,
+            2 << 32,
+            3 << 32,
+        )
     )
 
 
 def _five_level_variable(word: Word, context: Context) -> bool:
     """Variables that hold 48 or 39 and 512 or 1 by the number of levels."""
-    halves = [(word.image >> s & 0xFFFF_FFFF, word.native >> s & 0xFFFF_FFFF)
-              for s in (0, 32)]
+    halves = [
+        (word.image >> s & 0xFFFF_FFFF, word.native >> s & 0xFFFF_FFFF) for s in (0, 32)
+    ]
     allowed = {(0, 1), (39, 48), (1, 512)}
     if word.native in FIVE_LEVEL_BASES:
         return _only_native_wrote(word)

@@ -93,7 +93,7 @@ class Comparison:
     reference: Side
     native: Side
     layout: KernelLayout
-    masks: dict[str, tuple[int, int | None]]
+    masks: dict[str, tuple[int, int]]
 
     @property
     def equal(self) -> bool:
@@ -102,7 +102,7 @@ class Comparison:
         return not self.words and not self.events and masks_agree
 
 
-class _Reached(Exception):  # noqa: N818
+class _Reached(Exception):
     """The reference stands where the comparison is made."""
 
 
@@ -166,10 +166,10 @@ def _watch(side: Side, reached: Callable[[], None]) -> None:
         facts = event.facts
         if event.kind == "cr":
             value = int(facts["value"])
-            if facts["register"] == "cr3":
-                if layout.text_start <= value & ~c_mask < layout.end:
-                    side.cr3 = value
-                    reached()
+            own_table = layout.text_start <= value & ~c_mask < layout.end
+            if facts["register"] == "cr3" and own_table:
+                side.cr3 = value
+                reached()
             side.history.append(f"{facts['register']} {value:#x}")
         elif event.kind == "wrmsr":
             side.history.append(f"wrmsr {facts['index']:#x} {facts['value']:#x}")
@@ -230,7 +230,7 @@ def _places(native: Side, five_levels: bool) -> KernelData:
     """Read from the real kernel's tables where it keeps them."""
     layout = native.hand_over.layout
     read = _Plaintext(native.machine)
-    c_mask = _me_mask(native) or 0
+    c_mask = _me_mask(native)
     page = ~(PAGE_SIZE - 1) & ~c_mask & (1 << 52) - 1
 
     def child(table: int, index: int) -> PhysAddr:
@@ -345,7 +345,12 @@ def where(pa: int, layout: KernelLayout) -> tuple[str, str]:
         (area.start, area.start + 2 * PAGE_SIZE, "work area: stack, routine", "LB-60"),
         (area.start, buffer_end, "work area: buffer", "LB-33"),
         (buffer_end, area.end, "work area: page-table pool", "LB-34"),
-        (layout.bss_decrypted.start, layout.bss_decrypted.end, ".bss..decrypted", "LB-23"),
+        (
+            layout.bss_decrypted.start,
+            layout.bss_decrypted.end,
+            ".bss..decrypted",
+            "LB-23",
+        ),
         (layout.bss.start, layout.bss.end, ".bss", "LB-30"),
         (layout.text_start, layout.kernel_end, "kernel image", "LB-30"),
     ):
@@ -360,10 +365,16 @@ def facts(result: Comparison) -> dict[str, Any]:
         "equal": result.equal,
         "compared": result.compared,
         "masks": {
-            name: {"reference": hex(left), "native": None if right is None else hex(right)}
+            name: {
+                "reference": hex(left),
+                "native": hex(right),
+            }
             for name, (left, right) in result.masks.items()
         },
-        "cr3": {"reference": hex(result.reference.cr3), "native": hex(result.native.cr3)},
+        "cr3": {
+            "reference": hex(result.reference.cr3),
+            "native": hex(result.native.cr3),
+        },
         "history": {
             "reference": result.reference.history,
             "native": result.native.history,

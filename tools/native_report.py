@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..hw.errors import CbitError
 from ..hw.native import NativeCore, Stop
+from ..hw.native.instruction import REGISTERS
 from ..hw.native.state import CS, GDTR, GS, IDTR, SS, TR
 from ..hw.trace import Event
 from .symbols import Symbols
 
-REGISTERS = "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
+REGISTERS = [
+    "RAX",
+    "RCX",
+    "RDX",
+    "RBX",
+    "RSP",
+    "RBP",
+    "RSI",
+    "RDI",
+    "R8",
+    "R9",
+    "R10",
+    "R11",
+    "R12",
+    "R13",
+    "R14",
+    "R15",
+]
 STACK_WORDS = 16
 INSTRUCTIONS = 5
 
@@ -31,8 +48,9 @@ def fault_report(
             )
         )
     lines.append(
-        f"RFLAGS {state.rflags:#x}  CPL {state.cpl}  CS {state.segments[CS].selector:#x}"
-        f"  SS {state.segments[SS].selector:#x}  GS base {state.segments[GS].base:#x}"
+        f"RFLAGS {state.rflags:#x}  CPL {state.cpl}  "
+        f"CS {state.segments[CS].selector:#x}  "
+        f"SS {state.segments[SS].selector:#x}  GS base {state.segments[GS].base:#x}"
     )
     cpu = core.machine.cpu
     lines.append(
@@ -61,8 +79,7 @@ def _stack(core: NativeCore, symbols: Symbols) -> list[str]:
             lines.append(f"{rsp + 8 * index:#x}: (not mapped)")
             break
         word = int.from_bytes(data, "little")
-        lines.append(f"{rsp + 8 * index:#x}: {word:#018x} {symbols.name(word)}".rstrip())
+        lines.append(
+            f"{rsp + 8 * index:#x}: {word:#018x} {symbols.name(word)}".rstrip()
+        )
     return lines
-
-
-__all__ = ["CbitError", "fault_report"]

@@ -24,7 +24,6 @@ from ..hw.models import DEFAULT_MODEL, load_model
 from ..hw.native import Ending, NativeCore, Stop, engine_model
 from ..hw.psp import RandomSource
 from ..hw.trace import Event
-from ..hw.types import PAGE_SIZE
 from .boot_run import firmware_memory_map, read_initrd
 from .native_report import fault_report
 from .symbols import Symbols
@@ -108,7 +107,7 @@ class NativeRun:
             return "shutdown"
         if self.stop.ending is Ending.STOPPED:
             return "timeout"
-        return self.stop.ending.value
+        return str(self.stop.ending.value)
 
     @property
     def succeeded(self) -> bool:
@@ -271,6 +270,3 @@ def execute(run: NativeRun) -> None:
 
 def _by_msr(counts: dict[int, int]) -> dict[str, int]:
     return {f"{index:#010x}": count for index, count in sorted(counts.items())}
-
-
-__all__ = ["PAGE_SIZE", "NativeRun", "RunRequest", "assemble", "execute", "prepare"]

@@ -34,8 +34,9 @@ def resume(
         machine, extra = load_snapshot(file, path)
     native, platform = extra.get("native"), extra.get("platform")
     if not isinstance(native, dict) or not isinstance(platform, dict):
-        raise InputError(f"{path}: holds no machine code's state; expected a snapshot "
-                         "of `cbit run`")
+        raise InputError(
+            f"{path}: holds no machine code's state; expected a snapshot of `cbit run`"
+        )
     if on_event is not None:
         if kinds is None:
             machine.trace.listen(on_event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Any
 
 from ..hw.errors import InputError
 
@@ -85,7 +86,7 @@ def _from_elf(path: str) -> Symbols:
 
     try:
         with open(path, "rb") as file:
-            table = ELFFile(file).get_section_by_name(".symtab")
+            table: Any = ELFFile(file).get_section_by_name(".symtab")
             symbols = list(table.iter_symbols()) if table else []
     except ELFError as wrong:
         raise InputError(f"{path}: {wrong}") from None

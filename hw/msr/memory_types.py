@@ -93,7 +93,9 @@ def _below_width(kind: type[Msr]) -> MsrRule:
         needs="CPUID 1 EDX[12] (MTRR)",
         writable=lambda model: kind.declared_mask() & (1 << model.phys_bits) - 1,
         objection=_base_objection if issubclass(kind, MtrrPhysBase) else _accepted,
-        reset=_pci_hole_base if kind.ADDRESS == 0x200 else _pci_hole_mask
+        reset=_pci_hole_base
+        if kind.ADDRESS == 0x200
+        else _pci_hole_mask
         if kind.ADDRESS == 0x201
         else _zero,
     )
@@ -175,9 +177,9 @@ MEMORY_TYPE_RULES: tuple[MsrRule, ...] = (
         present=_mtrr,
         needs="CPUID 1 EDX[12] (MTRR)",
         access=Access.READ,
-        reset=lambda model, smee: MtrrCap.of(
-            count=VARIABLE_RANGES, fixed=1, write_combining=1
-        ).value,
+        reset=lambda model, smee: (
+            MtrrCap.of(count=VARIABLE_RANGES, fixed=1, write_combining=1).value
+        ),
     ),
     *(rule for number in range(VARIABLE_RANGES) for rule in _variable(number)),
     *(_fixed(*row) for row in FIXED),
@@ -185,9 +187,9 @@ MEMORY_TYPE_RULES: tuple[MsrRule, ...] = (
         MtrrDefType,
         present=_mtrr,
         needs="CPUID 1 EDX[12] (MTRR)",
-        reset=lambda model, smee: MtrrDefType.of(
-            default_type=WB, fixed_enable=1, enable=1
-        ).value,
+        reset=lambda model, smee: (
+            MtrrDefType.of(default_type=WB, fixed_enable=1, enable=1).value
+        ),
         objection=_default_objection,
     ),
 )

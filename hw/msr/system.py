@@ -1,4 +1,4 @@
-"""Registers of system calls, segment bases, time and the local APIC, with their rules."""
+"""Registers of system calls, segment bases, time and local APIC, with their rules."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _apic_writable(model: CpuModel) -> int:
 
 
 def _patch_level(model: CpuModel, smee: bool) -> int:
-    """A plausible level: family and model in the manner of the real ones, unverified."""
+    """Return a level formed as the real ones are from family and model: unverified."""
     version = model.table.leaf(1).eax
     family = version >> 20 & 0xFF
     extended_model, base_model, stepping = (

@@ -79,9 +79,7 @@ class Bulk:
         if len(code) <= at or code[at] not in _MOVS + _STOS:
             return None
         size = (8 if wide else 4) if code[at] & 1 else 1
-        return StringOperation(
-            code[at] in _MOVS, size, self._state.regs[RCX], at + 1
-        )
+        return StringOperation(code[at] in _MOVS, size, self._state.regs[RCX], at + 1)
 
     def perform(self, operation: StringOperation) -> tuple[int, int]:
         """Do as much as the mappings allow; return where bytes went and how many.

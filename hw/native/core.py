@@ -52,7 +52,7 @@ from .exits import (
 from .fill import NativeFailure, TlbFiller
 from .instruction import InstructionReader
 from .memory import NativeMemory
-from .state import CS, R11, RCX, RFLAGS_RF, SS, EngineState
+from .state import R11, RCX, RFLAGS_RF, SS, EngineState
 
 TSC_HZ = 1_000_000_000
 """The time-stamp counter counts the clock's nanoseconds."""

@@ -146,16 +146,24 @@ class Delivery:
         offset = vector * 16
         idt = state.segments[IDTR]
         if offset + 15 > idt.limit:
-            raise GateFault(f"vector {vector} beyond the IDT", offset // 2 | 2 | external)
+            raise GateFault(
+                f"vector {vector} beyond the IDT", offset // 2 | 2 | external
+            )
         gate = self._load(idt.base + offset, 16)
         kind = gate >> 40 & 0x1F
         if kind not in (INTERRUPT_GATE, TRAP_GATE):
-            raise GateFault(f"gate {vector} has type {kind:#x}", vector * 8 + 2 + external)
+            raise GateFault(
+                f"gate {vector} has type {kind:#x}", vector * 8 + 2 + external
+            )
         if not gate >> 47 & 1:
             raise NotPresent(f"gate {vector}", vector * 8 + 2 + external)
         if software and (gate >> 45 & 3) < state.cpl:
             raise GateFault(f"INT {vector} from user mode", vector * 8 + 2)
-        target = (gate & 0xFFFF) | (gate >> 48 & 0xFFFF) << 16 | (gate >> 64 & 0xFFFF_FFFF) << 32
+        target = (
+            (gate & 0xFFFF)
+            | (gate >> 48 & 0xFFFF) << 16
+            | (gate >> 64 & 0xFFFF_FFFF) << 32
+        )
         selector = gate >> 16 & 0xFFFF
         descriptor = self._code_descriptor(selector, external)
         new_cpl = descriptor >> 45 & 3

@@ -19,7 +19,6 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
-from importlib import import_module
 from typing import Any
 
 from ..errors import CbitError
@@ -67,16 +66,16 @@ class EngineError(CbitError):
 
 def _load_library() -> ctypes.PyDLL:
     try:
-        package = import_module("unicorn")
-        binding = import_module("unicorn.unicorn_py3.unicorn")
+        import unicorn
+        from unicorn.unicorn_py3 import unicorn as binding
     except ImportError as missing:
         raise EngineError(
             "the native core needs the package unicorn: pip install 'cbit[native]' "
             f"({missing})"
         ) from None
-    if package.__version__ != UNICORN_VERSION:
+    if unicorn.__version__ != UNICORN_VERSION:
         raise EngineError(
-            f"unicorn {package.__version__}: {UNICORN_VERSION} expected, because some "
+            f"unicorn {unicorn.__version__}: {UNICORN_VERSION} expected, because some "
             "of its private state is used"
         )
     return ctypes.PyDLL(binding.uclib._name)

@@ -124,7 +124,7 @@ class Exits:
         handler()
 
     def enter_state(self) -> None:
-        """Give the engine the control registers and MSRs as the Python core has them."""
+        """Give the engine the control registers and MSRs of the Python core."""
         cpu, engine, state = self._cpu, self._engine, self._state
         state.hflags &= ~GUEST
         # Paging last: the engine derives its mode from EFER at that moment.

@@ -104,13 +104,15 @@ OFFERED: tuple[Offered, ...] = (
     Offered(7, "ecx", {16: "la57"}),
     Offered(7, "edx", {}),
     Offered(
-        0x8000_0001, "ecx", {0: "lahf", 4: "cr8_legacy", 5: "abm", 6: "sse4a", 8: "prefetchw"}
+        0x8000_0001,
+        "ecx",
+        {0: "lahf", 4: "cr8_legacy", 5: "abm", 6: "sse4a", 8: "prefetchw"},
     ),
     Offered(
         0x8000_0001,
         "edx",
         {
-            **{bit: "as leaf 1" for bit in (*range(10), 12, 13, 14, 15, 16, 17, 23, 24)},
+            **dict.fromkeys((*range(10), 12, 13, 14, 15, 16, 17, 23, 24), "as leaf 1"),
             11: "syscall",
             20: "nx",
             22: "mmxext",

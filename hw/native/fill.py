@@ -126,9 +126,7 @@ class TlbFiller:
     def drop(self, va: int) -> None:
         """Drop the translations of the page that holds `va`, as INVLPG does."""
         page = va >> PAGE_SHIFT
-        if va >> 21 in self._large or va >> 30 | 1 << 50 in self._large:
-            self.flush()
-        elif page in self.fetched:
+        if va >> 21 in self._large or va >> 30 | 1 << 50 in self._large or page in self.fetched:
             self.flush()
         else:
             self._state.drop_translation(page)
@@ -242,8 +240,11 @@ class TlbFiller:
                     else:
                         aliases.append(va >> PAGE_SHIFT)
                     fetched[va >> PAGE_SHIFT] = self._page_bytes(slot, page)
-                    readable = rights | (access & ~_FETCH) << 3 not in walker.refused \
-                        if walker is not None else True
+                    readable = (
+                        rights | (access & ~_FETCH) << 3 not in walker.refused
+                        if walker is not None
+                        else True
+                    )
                     perms = _RX if readable else PROT_EXEC
                 elif kind == 1:
                     perms = _RW

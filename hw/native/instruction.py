@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from ..cpu import Cpu
@@ -14,6 +13,11 @@ from ..types import PAGE_SHIFT, PAGE_SIZE
 from .state import FS, GS, EngineState
 
 MOST_BYTES = 15
+REGISTERS = (
+    *("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI"),
+    *("R8", "R9", "R10", "R11", "R12", "R13", "R14", "R15"),
+)
+"""Names of the general registers, in the order of their encoding."""
 _U64 = (1 << 64) - 1
 _SYSTEM = int(Access.LIFTED)
 
@@ -110,8 +114,9 @@ class InstructionReader:
         return va & _U64, length
 
     def text(self, rip: int, count: int = 1) -> list[str]:
-        """Disassemble instructions from `rip`, Intel syntax; what cannot be, as bytes."""
-        iced = import_module("iced_x86")
+        """Disassemble instructions from `rip`, in Intel syntax."""
+        import iced_x86 as iced
+
         code = self.code_at(rip, MOST_BYTES * count)
         if not code:
             return ["(no code is mapped here)"]
@@ -120,20 +125,20 @@ class InstructionReader:
         for instruction in iced.Decoder(64, code, ip=rip):
             start = instruction.ip - rip & _U64
             raw = code[start : start + instruction.len].hex()
-            lines.append(f"{instruction.ip:#x}: {raw:<20} {formatter.format(instruction)}")
+            lines.append(
+                f"{instruction.ip:#x}: {raw:<20} {formatter.format(instruction)}"
+            )
             if len(lines) == count:
                 break
         return lines
 
 
 def _decode_operand(code: bytes) -> tuple[Any, ...]:
-    iced = import_module("iced_x86")
+    import iced_x86 as iced
+
     register = iced.Register
-    numbers = {
-        getattr(register, name): number
-        for number, name in enumerate(
-            "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
-        )
+    numbers: dict[int, int | str | None] = {
+        getattr(register, name): number for number, name in enumerate(REGISTERS)
     }
     numbers[register.NONE] = None
     numbers[register.RIP] = "rip"

@@ -100,9 +100,7 @@ class NativeMemory:
         for region in self.machine.map.regions:
             size = region.end - region.start
             if region.kind is RegionKind.RAM:
-                self._engine.map_memory(
-                    base + region.start, size, host + region.start
-                )
+                self._engine.map_memory(base + region.start, size, host + region.start)
             else:
                 self._engine.map_device(
                     base + region.start, size, *self._callbacks(region, slot)

@@ -122,7 +122,9 @@ class EngineState:
         self._end16 = _view(env + _STATE_SIZE - 64, 64).cast("H")
         self._fast = _view(env + _TLB_FAST, 16 * MMU_MODES).cast("Q")
         self._victims = [
-            _view(env + _TLB_DESC + _TLB_DESC_SIZE * mode + 48, VICTIMS * TLB_ENTRY_SIZE)
+            _view(
+                env + _TLB_DESC + _TLB_DESC_SIZE * mode + 48, VICTIMS * TLB_ENTRY_SIZE
+            )
             for mode in range(MMU_MODES)
         ]
         self._verify()

@@ -60,7 +60,35 @@ def refused(msrs: MsrFile, index: int, value: int, *, paging: bool = False) -> s
 )
 def test_vector_addresses() -> None:
     # Linux asm/msr-index.h, [SIL] MsrReg.h, [APM2] appendix A
-    assert {kind.NAME: address for address, kind in MSRS.items()} == {
+    names = {kind.NAME: address for address, kind in MSRS.items()}
+    assert {name: at for name, at in names.items() if "MTRR" in name} == {
+        "MTRRcap": 0xFE,
+        **{f"MTRRphysBase{n}": 0x200 + 2 * n for n in range(8)},
+        **{f"MTRRphysMask{n}": 0x201 + 2 * n for n in range(8)},
+        "MTRRfix64K_00000": 0x250,
+        "MTRRfix16K_80000": 0x258,
+        "MTRRfix16K_A0000": 0x259,
+        **{f"MTRRfix4K_{0xC0 + 8 * n:X}000": 0x268 + n for n in range(8)},
+        "MTRRdefType": 0x2FF,
+    }
+    assert {name: at for name, at in names.items() if "MTRR" not in name} == {
+        "TSC": 0x10,
+        "APIC_BASE": 0x1B,
+        "PATCH_LEVEL": 0x8B,
+        "SYSENTER_CS": 0x174,
+        "SYSENTER_ESP": 0x175,
+        "SYSENTER_EIP": 0x176,
+        "MCG_CAP": 0x179,
+        "MCG_STATUS": 0x17A,
+        "STAR": 0xC000_0081,
+        "LSTAR": 0xC000_0082,
+        "CSTAR": 0xC000_0083,
+        "SFMASK": 0xC000_0084,
+        "FS_BASE": 0xC000_0100,
+        "GS_BASE": 0xC000_0101,
+        "KERNEL_GS_BASE": 0xC000_0102,
+        "TSC_AUX": 0xC000_0103,
+        "DE_CFG": 0xC001_1029,
         "PAT": 0x277,
         "EFER": 0xC000_0080,
         "SYSCFG": 0xC001_0010,
