@@ -311,7 +311,14 @@ def _compare_memory(
                 word = Word(
                     start + 8 * index, int(brought[index]), int(a[index]), int(b[index])
                 )
-                found = next((k for k in KNOWN if k.holds(word, context)), None)
+                found = next(
+                    (
+                        k
+                        for k in KNOWN
+                        if known[k.name] < k.most and k.holds(word, context)
+                    ),
+                    None,
+                )
                 if found is None:
                     unknown.append(word)
                 else:

@@ -147,6 +147,17 @@ class TscAux(Msr):
     value32 = Field(31, 0)
 
 
+class NbCfg(Msr):
+    """Northbridge configuration; only what Linux 6.1 sets has a name.
+
+    Source: Linux 6.1.192 asm/msr-index.h, MSR_AMD64_NB_CFG; arch/x86/pci/amd_bus.c.
+    """
+
+    ADDRESS, NAME = 0xC001_001F, "NB_CFG"
+
+    enable_cf8_ext_cfg = Field(46, about="extended configuration space by CF8h")
+
+
 class DeCfg(Msr):
     """Decode configuration; only what Linux 6.1 uses has a name.
 
@@ -224,6 +235,7 @@ SYSTEM_RULES: tuple[MsrRule, ...] = (
         present=lambda model: bool(model.table.leaf(0x8000_0001).edx >> 27 & 1),
         needs="CPUID 8000_0001 EDX[27] (RDTSCP)",
     ),
+    MsrRule(NbCfg, writable=lambda model: _U64),
     MsrRule(
         DeCfg,
         reset=lambda model, smee: DeCfg.lfence_serialize.mask,

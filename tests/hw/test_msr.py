@@ -88,6 +88,7 @@ def test_vector_addresses() -> None:
         "GS_BASE": 0xC000_0101,
         "KERNEL_GS_BASE": 0xC000_0102,
         "TSC_AUX": 0xC000_0103,
+        "NB_CFG": 0xC001_001F,
         "DE_CFG": 0xC001_1029,
         "PAT": 0x277,
         "EFER": 0xC000_0080,

@@ -1,0 +1,116 @@
+"""Unmodified kernels enable SME, come to user space and switch themselves off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .conftest import ACTIVE, COHERENT, FIVE_LEVELS, INCOHERENT, WITHOUT_SME, Cbit
+
+
+@pytest.mark.req("LB-T1")
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [(INCOHERENT, []), (COHERENT, []), (FIVE_LEVELS, ["--la57"])],
+    ids=["C-bit 47", "C-bit 51, width 48", "C-bit 51, width 52, 5 levels"],
+)
+def test_the_cloud_kernel_comes_to_user_space_with_sme(
+    cbit: Cbit,
+    real_kernel_path: Path,
+    archives: dict[str, Path],
+    model: str,
+    more: list[str],
+) -> None:
+    # The bzImage as it is: decompressor, KASLR, ACPI, APIC, kernel, busybox.
+    done = cbit(
+        *("run", real_kernel_path, "--initrd", archives["batch"], "--cpu", model),
+        *("--timeout", 200, "--seed", 5, "--json", *more),
+    )
+    assert done.code == 0, done.out + done.err
+    facts = done.facts
+    assert ACTIVE in done.console
+    assert "flag sme" in done.console
+    assert "done: 42" in done.console
+    assert "reboot: Power down" in done.console
+    assert (facts["outcome"], facts["sme_active"]) == ("shutdown", True)
+    assert int(facts["cr3"], 16) >> facts["c_bit"] & 1
+    assert facts["pages"]["encrypted"] > 20_000
+    assert facts["interrupts"] > 50
+    # Linux asks for nothing that does not exist here, apart from what it probes.
+    assert "unchecked MSR access" not in done.console
+    assert "WARNING" not in done.console.replace("WARNING: See https", "")
+
+
+def test_the_generic_kernel_comes_to_user_space_with_sme(
+    cbit: Cbit, generic_kernel_path: Path, archives: dict[str, Path]
+) -> None:
+    done = cbit(
+        *("run", generic_kernel_path, "--initrd", archives["batch"], "--cpu", COHERENT),
+        *("--timeout", 200, "--seed", 5, "--json"),
+    )
+    assert done.code == 0, done.out + done.err
+    assert ACTIVE in done.console
+    assert "done: 42" in done.console
+    assert done.facts["outcome"] == "shutdown"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--cmdline", "console=ttyS0"],
+        ["--no-smee"],
+        ["--cpu", WITHOUT_SME],
+        ["--tsme", "--no-smee"],
+    ],
+    ids=["not asked for", "off in firmware", "no SME", "TSME alone"],
+)
+def test_a_kernel_without_sme_says_nothing_of_it(
+    cbit: Cbit, real_kernel_path: Path, more: list[str]
+) -> None:
+    done = cbit(
+        *("run", real_kernel_path, "--until", "pid_max: default", "--timeout", 120),
+        *("--seed", 5, "--json", *more),
+    )
+    assert done.code == 0, done.out + done.err
+    assert "Memory Encryption Features" not in done.console
+    assert done.facts["sme_active"] is False
+    if "--tsme" in more:
+        # Nobody asked, and everything is encrypted all the same.
+        assert done.facts["pages"]["plain"] == 0
+    else:
+        assert done.facts["pages"]["encrypted"] == 0
+
+
+def test_sme_under_tsme_is_active_and_every_page_is_encrypted(
+    cbit: Cbit, real_kernel_path: Path
+) -> None:
+    done = cbit(
+        *("run", real_kernel_path, "--until", ACTIVE, "--timeout", 120, "--tsme"),
+        *("--seed", 5, "--json"),
+    )
+    assert done.code == 0, done.out + done.err
+    assert done.facts["sme_active"] is True
+    assert done.facts["pages"]["plain"] == 0
+
+
+def test_a_shell_answers_what_is_typed(
+    cbit: Cbit, real_kernel_path: Path, archives: dict[str, Path], tmp_path: Path
+) -> None:
+    # A pipe in place of a terminal: bytes go to COM1 as they come.
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "cbit", "run", str(real_kernel_path)]
+    command += ["--initrd", str(archives["shell"]), "--interactive", "--timeout", "200"]
+    done = subprocess.run(
+        command,
+        input=b"cat /proc/cpuinfo | grep -o -m1 'sme '; echo $((40+2)); exit\n",
+        capture_output=True,
+        timeout=240,
+    )
+    said = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, said + done.stderr.decode()
+    assert "/ # " in said
+    assert "sme \r\n42\r\n" in said
+    assert "reboot: Power down" in said
