@@ -1,12 +1,13 @@
 """Virtual time from the code that runs: a counter that each block of code feeds.
 
-The engine calls a hook at the start of every translated block. Ours is eleven bytes of
+The engine calls a hook at the start of every translated block. Ours is a few bytes of
 machine code that subtract the block's length from a budget and call Python only when
 nothing is left. So time depends on what the guest executed and on nothing else, a run
 can be repeated to the event, and a loop that touches no device still ends its slice.
 
     mov eax, edx          ; length of the block, in bytes of code
     sub [rcx], rax        ; rcx: user data, the budget lies first
+    mov [rcx + 16], edx
     js  expired
     ret
     expired: jmp [rcx + 8]
@@ -21,14 +22,18 @@ from typing import Any
 
 from .engine import BLOCK, HOOK_BLOCK, Engine
 
-_STUB = bytes.fromhex("89d0 482901 7801 c3 ff6108")
+_STUB = bytes.fromhex("89d0 482901 895110 7801 c3 ff6108")
 
 BYTES_PER_NS_SHIFT = 2
 """Four bytes of code, about one instruction, take a nanosecond."""
 
 
 class _Budget(ctypes.Structure):
-    _fields_ = (("left", ctypes.c_int64), ("expired", ctypes.c_void_p))
+    _fields_ = (
+        ("left", ctypes.c_int64),
+        ("expired", ctypes.c_void_p),
+        ("last", ctypes.c_uint64),
+    )
 
 
 class BlockClock:
@@ -74,7 +79,17 @@ class BlockClock:
         """Let something that is not code take time."""
         self._left[0] -= nanoseconds << BYTES_PER_NS_SHIFT
 
+    def refund_last(self) -> None:
+        """Take back the last block, which was counted but not executed."""
+        self._left[0] += self._budget.last
+
     def start_slice(self, nanoseconds: int) -> None:
-        """Begin a slice of at most this length; the last one ends here."""
+        """Begin a slice of at most this length; the last one ends here.
+
+        It ends at a whole nanosecond, wherever inside one it begins: so a run in parts
+        sees timers expire at the same block as a run in one go.
+        """
         self.executed = self.total
-        self._slice = self._left[0] = max(nanoseconds, 1) << BYTES_PER_NS_SHIFT
+        begun = self.executed & (1 << BYTES_PER_NS_SHIFT) - 1
+        length = (max(nanoseconds, 1) << BYTES_PER_NS_SHIFT) - begun
+        self._slice = self._left[0] = length

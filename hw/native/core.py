@@ -128,6 +128,7 @@ class NativeCore:
         self._slice_end = 0
         self._host_deadline = float("inf")
         self._tsc_read, self._tsc_cost = 0, SHORTEST_TSC_NS
+        self._between_blocks = self._stopped_at_block = False
         self._host_start = time.monotonic_ns() if wall_clock else None
 
         cpu = machine.cpu
@@ -210,6 +211,9 @@ class NativeCore:
         while self._stop is None:
             self.filler.pending = None
             error = self.engine.start(self.state.rip)
+            if self._stopped_at_block:
+                self._stopped_at_block = False
+                self.block_clock.refund_last()
             failure = self._failure or self.filler.failure
             if failure is not None:
                 self.filler.failure = None
@@ -235,6 +239,7 @@ class NativeCore:
         return {
             "state": self.state.save().hex(),
             "time": [self._skipped, self.block_clock.total],
+            "tsc": [self._tsc_read, self._tsc_cost],
             "interrupts": self.interrupts,
             "exceptions": sorted(self.exceptions.items()),
         }
@@ -247,6 +252,7 @@ class NativeCore:
         """
         self.state.restore(bytes.fromhex(saved["state"]))
         self._skipped, self.block_clock.executed = map(int, saved["time"])
+        self._tsc_read, self._tsc_cost = map(int, saved["tsc"])
         self.interrupts = int(saved["interrupts"])
         self.exceptions = Counter({int(v): int(n) for v, n in saved["exceptions"]})
         self.filler.flush()
@@ -264,6 +270,9 @@ class NativeCore:
     def _end(self, stop: Stop) -> None:
         if self._stop is None:
             self._stop = stop
+            # The next block will be counted and not executed, but for a stop between
+            # two blocks.
+            self._stopped_at_block = not self._between_blocks
         self.engine.stop()
 
     def _refused(self) -> None:
@@ -322,6 +331,13 @@ class NativeCore:
         return callback
 
     def _event(self, _uc: Any, number: int, _user: Any) -> None:
+        self._between_blocks = True
+        try:
+            self._serve_event(number)
+        finally:
+            self._between_blocks = False
+
+    def _serve_event(self, number: int) -> None:
         software = self.state.settle_exception()
         if number >= 0x100:
             try:

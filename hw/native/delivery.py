@@ -39,6 +39,10 @@ DEBUG, BREAKPOINT, OVERFLOW = 1, 3, 4
 DOUBLE_FAULT, PAGE_FAULT = 8, 14
 CONTRIBUTORY = frozenset({0, 10, 11, 12, 13})
 WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
+FAULTS = frozenset({0, 5, 6, 7, 10, 11, 12, 13, 14, 16, 17, 19})
+"""They push RF = 1. Source: [APM2] 3.1.6 (RF) and table 8-1 (types)."""
+LONGEST_CHAIN = 5
+"""Deliveries that can fail in a row: #UD, #GP, #PF, #PF, #DF."""
 TSS_RSP0, TSS_IST1 = 0x04, 0x24
 FLAT_DATA = 0x00CF_9300
 
@@ -105,23 +109,26 @@ class Delivery:
         self.deliver(fault.vector, fault.error_code)
 
     def deliver(
-        self, vector: int, error_code: int | None = None, *, software: bool = False
+        self, vector: int, error_code: int | None = None, *, software: int = 0
     ) -> None:
         """Enter the handler of a vector.
 
         Args:
             vector: 0 to 255.
             error_code: pushed if not None.
-            software: INT n, which needs a gate with DPL >= CPL.
+            software: length in bytes of the INT n that RIP stands behind; 0 for other
+                events. INT n needs a gate with DPL >= CPL, or it is the instruction
+                that faults.
 
         Raises:
             TripleFault: nor could the double fault be delivered.
         """
         first = f"vector {vector} at rip {self._state.rip:#x}"
-        for _ in range(3):
+        for _ in range(LONGEST_CHAIN):
             try:
-                self._enter(vector, error_code, software)
+                self._enter(vector, error_code, bool(software))
             except CpuException as second:
+                self._state.rip -= software
                 if vector == DOUBLE_FAULT:
                     raise TripleFault(first, second) from None
                 if isinstance(second, PageFault):
@@ -134,7 +141,7 @@ class Delivery:
                     vector, error_code = DOUBLE_FAULT, 0
                 else:
                     vector, error_code = second.vector, second.error_code
-                software = False
+                software = 0
             else:
                 self._noted(vector, error_code)
                 return
@@ -168,6 +175,10 @@ class Delivery:
         descriptor = self._code_descriptor(selector, external)
         new_cpl = descriptor >> 45 & 3
         old_cpl = state.cpl
+        if new_cpl > old_cpl:
+            raise GateFault(
+                f"gate {vector} leads to CPL {new_cpl}", selector & ~7 | external
+            )
         if descriptor >> 42 & 1:  # conforming
             new_cpl = old_cpl
 
@@ -182,8 +193,8 @@ class Delivery:
         rsp &= -16 & _U64
         flags = state.rflags
         saved_flags = flags
-        if vector in CONTRIBUTORY or vector == PAGE_FAULT:
-            saved_flags |= RF  # [APM2] 8.3.2: faults push RF = 1
+        if vector in FAULTS and not software:
+            saved_flags |= RF
         frame = [
             state.rip,
             state.segments[CS].selector,
@@ -233,7 +244,7 @@ class Delivery:
         data = b""
         while length:
             part = min(length, PAGE_SIZE - va % PAGE_SIZE)
-            found = self._cpu.mmu.walk(va & -PAGE_SIZE, _SYSTEM)
+            found = self._cpu.mmu.walk(va, _SYSTEM)
             data += self._bus.load(found.pa + va % PAGE_SIZE, part, found.slot)
             va, length = va + part & _U64, length - part
         return int.from_bytes(data, "little")
@@ -244,7 +255,7 @@ class Delivery:
         while done < len(data):
             here = va + done & _U64
             part = min(len(data) - done, PAGE_SIZE - here % PAGE_SIZE)
-            found = self._cpu.mmu.walk(here & -PAGE_SIZE, _SYSTEM | int(Access.WRITE))
+            found = self._cpu.mmu.walk(here, _SYSTEM | int(Access.WRITE))
             places.append((found.pa + here % PAGE_SIZE, done, part, found.slot))
             done += part
         for pa, start, length, slot in places:

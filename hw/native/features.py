@@ -144,6 +144,9 @@ INCOHERENT_WITHHELD = ((1, "edx", 19), (7, "ebx", 23), (7, "ebx", 24))
 """CLFLUSH, CLFLUSHOPT and CLWB reach the engine alone, which has no caches. Software
 that is not offered them takes WBINVD, which reaches the machine's."""
 
+HYPERVISOR_LEAVES = 4
+"""Leaves 4000_0000h and up."""
+
 XSAVE_COMPONENTS, XSAVE_SIZE = 0b11, 0x240
 """x87 and SSE: 512 bytes of legacy area and a header of 64."""
 
@@ -177,6 +180,10 @@ def engine_model(model: CpuModel, *, rdrand: bool = False) -> CpuModel:
             change(leaf, output, value & ~(1 << bit))  # type: ignore[arg-type]
     for leaf in EMPTY_LEAVES:
         leaves[leaf, 0] = CpuidLeaf(0, 0, 0, 0)
+    # No hypervisor's own interface is modelled, whatever a guest's dump promises.
+    for leaf, subleaf, _ in table:
+        if leaf >> 28 == HYPERVISOR_LEAVES:
+            leaves[leaf, subleaf] = CpuidLeaf(0, 0, 0, 0)
     # One core with one thread.
     change(0, "eax", min(table.leaf(0).eax, 0xD))
     change(1, "ebx", table.leaf(1).ebx & 0xFFFF | 1 << 16)

@@ -59,6 +59,11 @@ class InstructionReader:
                 break
         return code
 
+    def software_interrupt_length(self) -> int:
+        """Return the length of the INT n or INT3 that ends at RIP."""
+        last = self.code_at(self._state.rip - 1 & _U64, 1)
+        return 1 if last in (b"\xcc", b"\xf1") else 2
+
     def cr_register(self) -> tuple[int, int]:
         """Return the general register of MOV to or from CR, and the length."""
         code = self.code_at(self._state.rip, MOST_BYTES)

@@ -16,7 +16,8 @@ import pytest
 from ..initramfs import INTERACTIVE, batch, initramfs
 
 COHERENT, INCOHERENT, FIVE_LEVELS = "epyc-7763", "epyc-7742", "epyc-9654"
-WITHOUT_SME = "ryzen-4800h"
+WITHOUT_SME = "ryzen-6800hs"
+"""Claims SME in CPUID and has C-bit 0: firmware cannot switch it on."""
 ACTIVE = "Memory Encryption Features active: AMD SME"
 TIMEOUT = 240
 

@@ -63,9 +63,10 @@ def test_the_generic_kernel_comes_to_user_space_with_sme(
         ["--cmdline", "console=ttyS0"],
         ["--no-smee"],
         ["--cpu", WITHOUT_SME],
+        ["--cpu", "epyc-7401p-guest"],
         ["--tsme", "--no-smee"],
     ],
-    ids=["not asked for", "off in firmware", "no SME", "TSME alone"],
+    ids=["not asked for", "off in firmware", "C-bit 0", "no leaf", "TSME alone"],
 )
 def test_a_kernel_without_sme_says_nothing_of_it(
     cbit: Cbit, real_kernel_path: Path, more: list[str]
