@@ -53,7 +53,7 @@ PEEKS = {
 """Attributes that lead behind the instructions."""
 
 NOT_SHIPPED = {"tools/fetch-kernel"}
-FOLDERS_AT_THE_ROOT = {*FLOORS, "tests", "build", "dist", "__pycache__"}
+FOLDERS_AT_THE_ROOT = {*FLOORS, "examples", "tests", "build", "dist", "__pycache__"}
 LINE_LIMIT = 550
 EMPTY_NAME = re.compile(r"(^|_)(utils?|helpers?|common|misc|manager)(_|$)")
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|X" r"XX|NotImplemented" r"Error)\b")

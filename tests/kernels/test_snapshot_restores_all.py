@@ -19,7 +19,9 @@ from .conftest import INCOHERENT
 @pytest.fixture(scope="module")
 def stopped(real_kernel_path: Path) -> NativeRun:
     run = prepare(
-        RunRequest(kernel=str(real_kernel_path), cpu=INCOHERENT, seed=2, until="pid_max")
+        RunRequest(
+            kernel=str(real_kernel_path), cpu=INCOHERENT, seed=2, until="pid_max"
+        )
     )
     execute(run)
     assert run.outcome == "matched"

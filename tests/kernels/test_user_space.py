@@ -110,7 +110,9 @@ def test_a_shell_answers_what_is_typed(
         said = b""
         while not said.endswith(b"/ # "):
             said += shell.stdout.read(1)
-        shell.stdin.write(b"cat /proc/cpuinfo | grep -o -m1 'sme '; expr 40 + 2; exit\n")
+        shell.stdin.write(
+            b"cat /proc/cpuinfo | grep -o -m1 'sme '; expr 40 + 2; exit\n"
+        )
         shell.stdin.flush()
         rest, err = shell.communicate()
     said += rest
