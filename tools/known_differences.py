@@ -118,10 +118,8 @@ def _physical_mask(word: Word, context: Context) -> bool:
 def _vendor(word: Word, context: Context) -> bool:
     """A 32-bit variable that was 0 becomes 1."""
     return _only_native_wrote(word) and (
-        word.native == word.image + CC_VENDOR_AMD
-        and not word.image & 0xFFFF_FFFF
-        or word.native == word.image + (CC_VENDOR_AMD << 32)
-        and not word.image >> 32
+        (word.native == word.image + CC_VENDOR_AMD and not word.image & 0xFFFF_FFFF)
+        or (word.native == word.image + (CC_VENDOR_AMD << 32) and not word.image >> 32)
     )
 
 

@@ -11,6 +11,7 @@ themselves do. The reference puts its own there, so that every byte can be compa
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -136,6 +137,24 @@ def compare(request: DiffRequest) -> Comparison:
     )
 
 
+def time_encryption(request: DiffRequest, image: KernelImage) -> tuple[float, float]:
+    """Return the seconds that the two sides take to encrypt the kernel in place.
+
+    From the CR3 of the copy routine to the kernel's own tables: native, reference.
+    """
+    marks: list[float] = []
+
+    def note(event: Event) -> None:
+        if event.facts["register"] == "cr3":
+            marks.append(time.perf_counter())
+
+    native, _ = _run_native(request, image, note)
+    native_seconds = marks[-1] - marks[1]
+    marks.clear()
+    _run_reference(request, image, native, note)
+    return native_seconds, marks[-1] - marks[-3]
+
+
 def _build(request: DiffRequest, image: KernelImage) -> Side:
     machine = Machine(
         engine_model(load_model(request.cpu)),
@@ -179,7 +198,11 @@ def _watch(side: Side, reached: Callable[[], None]) -> None:
     side.machine.trace.listen(on_event, WATCHED)
 
 
-def _run_native(request: DiffRequest, image: KernelImage) -> tuple[Side, int]:
+def _run_native(
+    request: DiffRequest,
+    image: KernelImage,
+    note: Callable[[Event], None] | None = None,
+) -> tuple[Side, int]:
     side = _build(request, image)
     machine = side.machine
     core = NativeCore(machine, Platform(machine.map, console=lambda data: None))
@@ -191,6 +214,8 @@ def _run_native(request: DiffRequest, image: KernelImage) -> tuple[Side, int]:
             reached.append(core.state.regs[4])
             raise _Reached
 
+    if note is not None:
+        machine.trace.listen(note, frozenset({"cr"}))
     _watch(side, stop)
     try:
         end = core.run(TIMEOUT)
@@ -206,7 +231,10 @@ def _run_native(request: DiffRequest, image: KernelImage) -> tuple[Side, int]:
 
 
 def _run_reference(
-    request: DiffRequest, image: KernelImage, native: Side
+    request: DiffRequest,
+    image: KernelImage,
+    native: Side,
+    note: Callable[[Event], None] | None = None,
 ) -> tuple[Side, EncryptionState]:
     side = _build(request, image)
     states = [EncryptionState()]
@@ -217,6 +245,8 @@ def _run_reference(
     def observe(stage: Stage, state: EncryptionState) -> None:
         states.append(state)
 
+    if note is not None:
+        side.machine.trace.listen(note, frozenset({"cr"}))
     _watch(side, stop)
     data = _places(native, request.la57)
     try:

@@ -10,24 +10,6 @@ from ..hw.native.state import CS, GDTR, GS, IDTR, SS, TR
 from ..hw.trace import Event
 from .symbols import Symbols
 
-REGISTERS = [
-    "RAX",
-    "RCX",
-    "RDX",
-    "RBX",
-    "RSP",
-    "RBP",
-    "RSI",
-    "RDI",
-    "R8",
-    "R9",
-    "R10",
-    "R11",
-    "R12",
-    "R13",
-    "R14",
-    "R15",
-]
 STACK_WORDS = 16
 INSTRUCTIONS = 5
 
