@@ -11,13 +11,16 @@ Source: [APM3] chapter 1, "Repeat Prefixes"; MOVS, STOS.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from ..cpu import Cpu
+from ..cpu.mmu import USER, WRITE
 from ..faults import CpuException
-from ..types import PAGE_SIZE
+from ..types import PAGE_SHIFT, PAGE_SIZE
 from .state import RAX, RCX, RDI, RSI, EngineState
 
 _U64 = (1 << 64) - 1
@@ -33,23 +36,47 @@ class StringOperation(NamedTuple):
 
     copies: bool
     size: int
-    count: int
+    elements: int
     length: int
+
+
+@dataclass
+class Reach:
+    """Bytes from an address on that can be accessed, and the frames they lie in."""
+
+    length: int = 0
+    frames: set[int] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return self.length
 
 
 class Bulk:
     """Recognises and performs long string operations of one core.
 
+    Args:
+        state: the engine's registers.
+        cpu: moves the bytes.
+        ram: page ranges [first, end) of RAM; devices get each element by itself.
+
     Attributes:
         performed: how many there were.
+        code_at: returns code bytes at an address, up to a length.
     """
 
-    def __init__(self, state: EngineState, cpu: Cpu) -> None:
+    def __init__(
+        self, state: EngineState, cpu: Cpu, ram: Sequence[tuple[int, int]]
+    ) -> None:
         self.performed = 0
         self._other_code = -1  # where there was no string operation, last
         self._state = state
         self._cpu = cpu
-        self.code_at = lambda rip, length: b""
+        self._ram = ram
+        self.code_at: Callable[[int, int], bytes] = lambda rip, length: b""
+
+    def forget(self) -> None:
+        """Forget where there was no string operation."""
+        self._other_code = -1
 
     def is_worth_it(self, va: int) -> bool:
         """Tell whether the access that misses at page `va` belongs to a long one."""
@@ -66,7 +93,7 @@ class Bulk:
         if operation is None:
             self._other_code = rip
             return False
-        return operation.size * operation.count >= WORTH_IT
+        return operation.size * operation.elements >= WORTH_IT
 
     def decode(self) -> StringOperation | None:
         """Return the operation at RIP, or None if it is none that is done here."""
@@ -89,14 +116,15 @@ class Bulk:
         """
         regs, cpu = self._state.regs, self._cpu
         target, source = regs[RDI], regs[RSI]
-        wanted = operation.size * operation.count
+        wanted = operation.size * operation.elements
         if self._state.direction_down:
             return self._perform_down(operation)
-        length = self._mapped(target, wanted, write=True)
+        length = wanted
         if operation.copies:
-            length = min(length, self._mapped(source, length, write=False))
-            if target - source & _U64 < length:
-                length = 0  # each element repeats an earlier one: not a copy
+            length = len(self._reachable(source, length, write=False))
+        length = len(self._reachable(target, length, write=True))
+        if operation.copies and target - source & _U64 < length:
+            length = 0  # each element repeats an earlier one: not a copy
         length -= length % operation.size
         if not length:
             return target, 0
@@ -113,17 +141,17 @@ class Bulk:
     def _perform_down(self, operation: StringOperation) -> tuple[int, int]:
         """Do a MOVS that goes to lower addresses, whole or not at all."""
         regs, cpu, size = self._state.regs, self._cpu, operation.size
-        length = size * operation.count
+        length = size * operation.elements
         target = regs[RDI] + size - length & _U64
         source = regs[RSI] + size - length & _U64
         repeats = source - target & _U64 < length
-        if (
-            not operation.copies
-            or repeats
-            or max(target, source) + length > _U64
-            or self._mapped(target, length, write=True) < length
-            or self._mapped(source, length, write=False) < length
-        ):
+        if not operation.copies or repeats:
+            return target, 0
+        places = [
+            self._reachable(va, length, write=write)
+            for va, write in ((source, False), (target, True))
+        ]
+        if min(map(len, places)) < length or places[0].frames & places[1].frames:
             return target, 0
         cpu.store(target, cpu.load(source, length))
         regs[RDI] = target - size & _U64
@@ -132,17 +160,35 @@ class Bulk:
         self.performed += 1
         return target, length
 
-    def _mapped(self, va: int, length: int, *, write: bool) -> int:
-        """Return how many of the bytes from `va` on can be reached."""
-        done = 0
-        access = 2 if write else 0
-        runs = self._cpu.mmu.runs(va, length, access)
-        try:
-            for run in runs:
-                done += run.length
-        except CpuException:
-            pass
-        return done
+    def _reachable(self, va: int, length: int, *, write: bool) -> Reach:
+        """Return how far the bytes from `va` on are RAM that may be accessed.
+
+        Nothing is marked but A bits: D and CR2 are for accesses that come about.
+        """
+        mmu, reach = self._cpu.mmu, Reach()
+        walker, user = mmu.walker, USER if mmu.user else 0
+        access = user | WRITE if write else user
+        length = min(length, (1 << 64) - va)
+        while reach.length < length:
+            here = va + reach.length
+            try:
+                found = mmu.walk(here, user)
+            except CpuException:
+                break
+            if walker is not None and found.rights | access << 3 in walker.refused:
+                break
+            page = found.pa >> PAGE_SHIFT
+            end = next((end for first, end in self._ram if first <= page < end), page)
+            leaf = 1 << found.shift
+            pages = min(
+                leaf - (here & leaf - 1) + PAGE_SIZE - 1 >> PAGE_SHIFT, end - page
+            )
+            if not pages:
+                break
+            reach.frames.update(range(page, page + pages))
+            reach.length += (pages << PAGE_SHIFT) - here % PAGE_SIZE
+        reach.length = min(reach.length, length)
+        return reach
 
     def _fill(self, va: int, size: int, length: int) -> None:
         element = (self._state.regs[RAX] & (1 << 8 * size) - 1).to_bytes(size, "little")

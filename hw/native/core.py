@@ -21,11 +21,13 @@ from typing import Any
 
 from ..devices import Platform
 from ..errors import CbitError
-from ..faults import CpuException, InvalidOpcode, PageFault
+from ..faults import CpuException, InvalidOpcode, PageFault, PageFaultCode
 from ..machine import Machine
+from ..msr import Efer
+from ..types import PAGE_SHIFT
 from .block_clock import BlockClock
 from .bulk import Bulk
-from .delivery import IF, WITH_ERROR_CODE, Delivery, TripleFault
+from .delivery import AC, IF, WITH_ERROR_CODE, Delivery, TripleFault
 from .engine import (
     ERR_EXCEPTION,
     HOOK_INSN,
@@ -52,7 +54,7 @@ from .exits import (
 from .fill import NativeFailure, TlbFiller
 from .instruction import InstructionReader
 from .memory import NativeMemory
-from .state import R11, RCX, RFLAGS_RF, SS, EngineState
+from .state import GDTR, LDTR, R11, RCX, RFLAGS_RF, SS, TR, EngineState
 
 TSC_HZ = 1_000_000_000
 """The time-stamp counter counts the clock's nanoseconds."""
@@ -69,8 +71,9 @@ POLLING_NS = 64
 LONGEST_SLICE_NS = 4_000_000
 """How long code may run before the host is looked at: time-out, input, signals."""
 
+SYSCALL_LENGTH = 2
+
 CODE_64 = 0x00AF_9B00_0000_FFFF
-DATA_64 = 0x00CF_9300_0000_FFFF
 LONGEST_NAP = 0.05
 """Seconds that HLT sleeps at a time when time is the host's."""
 _NEVER = 1 << 62
@@ -138,7 +141,7 @@ class NativeCore:
         self.memory = NativeMemory(self.engine, machine)
         for c_bit in (False, True):
             self.memory.add_slot(machine.controller.slot_for(c_bit))
-        self._bulk = Bulk(self.state, cpu)
+        self._bulk = Bulk(self.state, cpu, self.memory.ram)
         self.filler = TlbFiller(
             self.engine, self.state, self.memory, cpu, machine.caches, self._bulk
         )
@@ -160,12 +163,8 @@ class NativeCore:
         )
         self.block_clock = BlockClock(self.engine, self._guarded(self._slice_over))
         self._install_hooks()
-        for index in ENGINE_OWNED:
-            cpu.msrs.serve(
-                index,
-                lambda index=index: self.exits.read_engine_msr(index),
-                lambda value, index=index: self.exits._tell_engine(index, value),
-            )
+        for index in sorted(ENGINE_OWNED):
+            self.exits.own_msr(index)
         platform.interrupts.on_change = self._interrupt_line
         platform.on_request = self._platform_request
 
@@ -207,7 +206,16 @@ class NativeCore:
         self._host_deadline = (
             float("inf") if timeout is None else time.monotonic() + timeout
         )
+        # What fills ask for is in the access: CPL and AC of each moment.
+        self._cpu.enter_privilege(0, alignment_check=False)
         self._new_slice()
+        try:
+            return self._run()
+        finally:
+            self._sync_clock()
+            self._hand_back()
+
+    def _run(self) -> Stop:
         while self._stop is None:
             self.filler.pending = None
             error = self.engine.start(self.state.rip)
@@ -229,16 +237,32 @@ class NativeCore:
                 raise NativeFailure(
                     f"the engine stopped with error {error} at {self.state.rip:#x}"
                 )
-        self._sync_clock()
-        self._cpu.mmu.flush(keep_global=False)
-        self._cpu.cpl = 3 if self.state.cpl else 0
         return self._stop
 
+    def _hand_back(self) -> None:
+        """Bring the Python core to where the machine code stands."""
+        cpu, state = self._cpu, self.state
+        cpu.mmu.flush(keep_global=False)
+        cpu.cr2 = state.cr(2)
+        cpu.enter_privilege(
+            3 if state.cpl else 0, alignment_check=bool(state.system_flags & AC)
+        )
+
     def save(self) -> dict[str, object]:
-        """Return the processor's state, for JSON; the machine's own is not in it."""
+        """Return the processor's state, for JSON; the machine's own is not in it.
+
+        The TLB is dropped, which software cannot see, so that this core and one that
+        takes the state over go on alike.
+        """
+        self._forget_accesses()
         return {
             "state": self.state.save().hex(),
-            "time": [self._skipped, self.block_clock.total],
+            "time": [
+                self._skipped,
+                self.block_clock.total,
+                self._tsc_read,
+                self._tsc_cost,
+            ],
             "tsc": [self._tsc_read, self._tsc_cost],
             "interrupts": self.interrupts,
             "exceptions": sorted(self.exceptions.items()),
@@ -251,12 +275,19 @@ class NativeCore:
             EngineError, KeyError, TypeError, ValueError: not what `save` returns.
         """
         self.state.restore(bytes.fromhex(saved["state"]))
-        self._skipped, self.block_clock.executed = map(int, saved["time"])
+        skipped, executed, tsc_read, tsc_cost = map(int, saved["time"])
+        self._skipped, self.block_clock.executed = skipped, executed
+        self._tsc_read, self._tsc_cost = tsc_read, tsc_cost
         self._tsc_read, self._tsc_cost = map(int, saved["tsc"])
         self.interrupts = int(saved["interrupts"])
         self.exceptions = Counter({int(v): int(n) for v, n in saved["exceptions"]})
-        self.filler.flush()
+        self._forget_accesses()
         self._interrupt_line()
+
+    def _forget_accesses(self) -> None:
+        self.filler.flush()
+        self.filler.forget_streams()
+        self._bulk.forget()
 
     def stop(self, reason: str = "") -> None:
         """End the run at the next block; may be called from any callback."""
@@ -265,6 +296,13 @@ class NativeCore:
     def close(self) -> None:
         """Give the engine back; the machine goes on with its Python core."""
         self.machine.caches.release_views(self.filler.flush)
+        for index in sorted(ENGINE_OWNED):
+            self.exits.disown_msr(index)
+        interrupts = self.platform.interrupts
+        if interrupts.on_change == self._interrupt_line:
+            interrupts.on_change = lambda: None
+        if self.platform.on_request == self._platform_request:
+            self.platform.on_request = lambda: None
         self.engine.close()
 
     def _end(self, stop: Stop) -> None:
@@ -279,25 +317,55 @@ class NativeCore:
         """A fill was refused: deliver the fault, or do the long instruction."""
         pending = self.filler.pending
         if pending is TlbFiller.BULK:
-            operation = self._bulk.decode()
-            if operation is None:
-                raise NativeFailure("a string instruction changed under way")
-            cpu = self._cpu
-            cpu.mmu.flush(keep_global=False)
-            cpu.enter_privilege(
-                self.state.cpl, alignment_check=bool(self.state.system_flags >> 18 & 1)
-            )
-            target, length = self._bulk.perform(operation)
-            self.block_clock.charge(length >> 4)
-            self._note_stored(target, length)
-            if not length:
-                self.filler.skip_bulk = True
+            self.filler.skip_bulk = not self._perform_bulk()
         elif isinstance(pending, CpuException):
             if isinstance(pending, PageFault):
                 pending = pending.at(self.state.fault_address)
-            self._delivery.fault(pending)
+            if not self._is_implicit(pending):
+                self._delivery.fault(pending)
         else:
             raise NativeFailure(f"a fill failed without a reason, {self.state.rip:#x}")
+
+    def _perform_bulk(self) -> int:
+        """Do a long string instruction; return how many bytes it stored."""
+        operation = self._bulk.decode()
+        if operation is None:
+            return 0
+        cpu = self._cpu
+        cpu.mmu.flush(keep_global=False)
+        cpu.enter_privilege(
+            3 if self.state.cpl else 0,
+            alignment_check=bool(self.state.system_flags & AC),
+        )
+        try:
+            target, length = self._bulk.perform(operation)
+            self.block_clock.charge(length >> 4)
+            self._note_stored(target, length)
+        finally:
+            cpu.enter_privilege(0, alignment_check=False)
+        return length
+
+    def _is_implicit(self, fault: CpuException) -> bool:
+        """Tell whether user code only made the processor read a descriptor or the TSS.
+
+        The engine does not say whose access a fill is for. A refusal of a page with a
+        descriptor table is looked at again: segment loads, LSL and the like read it
+        with the processor's own rights, and are executed once more with those.
+        """
+        if (
+            not isinstance(fault, PageFault)
+            or not fault.code & PageFaultCode.USER
+            or fault.code & (PageFaultCode.WRITE | PageFaultCode.FETCH)
+            or self.filler.implicit_page is not None
+            or not any(
+                0 <= fault.address - segment.base <= segment.limit
+                for segment in (self.state.segments[i] for i in (GDTR, LDTR, TR))
+            )
+            or not self.reader.reads_descriptors(fault.address)
+        ):
+            return False
+        self.filler.implicit_page = fault.address >> PAGE_SHIFT
+        return True
 
     def _note_stored(self, va: int, length: int) -> None:
         if not length:
@@ -338,7 +406,9 @@ class NativeCore:
             self._between_blocks = False
 
     def _serve_event(self, number: int) -> None:
-        software = self.state.settle_exception()
+        software, self.filler.implicit_page = 0, None
+        if self.state.settle_exception():
+            software = self.reader.software_interrupt_length(number)
         if number >= 0x100:
             try:
                 self.exits.serve(number - 0x100)
@@ -356,14 +426,18 @@ class NativeCore:
     def _syscall(self, _uc: Any, _user: Any) -> None:
         """SYSCALL. Source: [APM3] SYSCALL; STAR, LSTAR, SFMASK: [APM2] 6.1.1."""
         state, msrs = self.state, self._cpu.msrs
+        if not msrs.get(Efer).sce:
+            self._delivery.fault(InvalidOpcode(f"SYSCALL at {state.rip:#x}: EFER.SCE"))
+            state.rip -= SYSCALL_LENGTH
+            return
         regs, flags = state.regs, state.rflags
-        regs[RCX] = state.rip + 2
+        regs[RCX] = state.rip + SYSCALL_LENGTH
         regs[R11] = flags & ~RFLAGS_RF
         state.rflags = flags & ~(msrs.read(SFMASK) | RFLAGS_RF)
         selector = msrs.read(STAR) >> 32 & 0xFFFC
         self._delivery.enter_segment(selector, CODE_64, 0)
         state.segments[SS].load(selector + 8, 0, 0xFFFF_FFFF, 0x00CF_9300)
-        state.rip = msrs.read(LSTAR) - 2  # the engine adds the length
+        state.rip = msrs.read(LSTAR) - SYSCALL_LENGTH  # the engine adds the length
 
     def _port_in(self, _uc: Any, port: int, size: int, _user: Any) -> int:
         self._sync_clock()

@@ -33,7 +33,7 @@ from .state import (
     EngineState,
 )
 
-TF, IF, NT, RF, VM = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17
+TF, IF, NT, RF, VM, AC = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17, 1 << 18
 INTERRUPT_GATE, TRAP_GATE = 0xE, 0xF
 DEBUG, BREAKPOINT, OVERFLOW = 1, 3, 4
 DOUBLE_FAULT, PAGE_FAULT = 8, 14

@@ -73,9 +73,10 @@ def _load_library() -> ctypes.PyDLL:
             "the native core needs the package unicorn: pip install 'cbit[native]' "
             f"({missing})"
         ) from None
-    if unicorn.__version__ != UNICORN_VERSION:
+    version = getattr(unicorn, "__version__", "of no version")
+    if version != UNICORN_VERSION:
         raise EngineError(
-            f"unicorn {unicorn.__version__}: {UNICORN_VERSION} expected, because some "
+            f"unicorn {version}: {UNICORN_VERSION} expected, because some "
             "of its private state is used"
         )
     return ctypes.PyDLL(binding.uclib._name)

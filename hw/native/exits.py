@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
-from ..cpu import Cpu, Cr4
+from ..cpu import Cpu, Cr0, Cr4
 from ..faults import CpuException, GeneralProtection, InvalidOpcode
-from ..msr import Efer
+from ..msr import Efer, Syscfg
 from ..types import PAGE_SHIFT
 from .engine import REG_CR0, REG_CR4, Engine
 from .fill import NativeFailure, TlbFiller
@@ -47,6 +48,7 @@ ENGINE_OWNED = frozenset({FS_BASE, GS_BASE, KERNEL_GS_BASE})
 """The engine's SWAPGS and segment loads change them: it holds the truth."""
 
 _U32 = 0xFFFF_FFFF
+_PG = Cr0.FIELDS["paging"].mask
 _PGE = Cr4.FIELDS["pge"].mask
 
 
@@ -129,6 +131,7 @@ class Exits:
         state.hflags &= ~GUEST
         # Paging last: the engine derives its mode from EFER at that moment.
         engine.write_register(REG_CR4, cpu.read_cr4())
+        state.set_cr(2, cpu.cr2)
         state.set_cr(3, cpu.read_cr3())
         engine.write_msr(Efer.ADDRESS, cpu.msrs.get(Efer).value)
         engine.write_register(REG_CR0, cpu.read_cr0())
@@ -165,6 +168,8 @@ class Exits:
                 value = self._cpu.msrs.get(Efer).value
                 self._tell_engine(index, value)
                 self._filler.flush()
+            elif index == Syscfg.ADDRESS:
+                self._filler.flush()
             elif index in ENGINE_COPIES:
                 self._tell_engine(index, value)
         else:
@@ -179,6 +184,23 @@ class Exits:
         state.hflags &= ~GUEST
         self._engine.write_msr(index, value)
         state.hflags |= GUEST
+
+    def own_msr(self, index: int) -> None:
+        """Let the engine hold an MSR: it starts with the value of the Python core."""
+        msrs = self._cpu.msrs
+        self._tell_engine(index, msrs.read(index))
+        msrs.serve(
+            index,
+            partial(self.read_engine_msr, index),
+            partial(self._tell_engine, index),
+        )
+
+    def disown_msr(self, index: int) -> None:
+        """Take an MSR's value from the engine, which goes, into the Python core."""
+        kept = {index: self.read_engine_msr(index)}
+        self._cpu.msrs.serve(
+            index, partial(kept.__getitem__, index), partial(kept.__setitem__, index)
+        )
 
     def read_engine_msr(self, index: int) -> int:
         """Return an MSR that the engine holds."""
@@ -205,6 +227,9 @@ class Exits:
 
     def _write_cr0(self) -> None:
         value, length = self._reader.cr_operand(self._state.cr(0))
+        if not value & _PG:
+            # Source: [APM3] MOV CRn: paging cannot be left from 64-bit code.
+            raise GeneralProtection(f"MOV CR0 {value:#x}: PG is needed in 64-bit mode")
         self._cpu.write_cr0(value)
         self._engine.write_register(REG_CR0, self._cpu.read_cr0())
         self._filler.flush()

@@ -63,6 +63,9 @@ class TlbFiller:
         pending: why the last one was refused: a fault, or BULK.
         failure: an error of ours inside a callback; the run must end with it.
         skip_bulk: the next claim is not for a bulk operation, which found no way.
+        implicit_page: page of a descriptor table that the processor itself will read
+            for the instruction of user code at RIP; None for most.
+        fetched: bytes of the pages that the engine may execute, by virtual page.
     """
 
     BULK = "bulk"
@@ -80,6 +83,7 @@ class TlbFiller:
         self.pending: CpuException | str | None = None
         self.failure: BaseException | None = None
         self.skip_bulk = False
+        self.implicit_page: int | None = None
         self._engine = engine
         self._state = state
         self._memory = memory
@@ -94,7 +98,7 @@ class TlbFiller:
         self._local_code = False
         self.fetched: dict[int, memoryview] = {}
         self._expected = {0: -1, 1: -1}
-        self._ahead = 1
+        self._ahead = FEWEST_AHEAD
         self._purge_target = 0
         self._results: dict[int, tuple[Any, Any]] = {}
         engine.hook(HOOK_TLB_FILL, FILL(self._make_fill()))
@@ -126,10 +130,21 @@ class TlbFiller:
     def drop(self, va: int) -> None:
         """Drop the translations of the page that holds `va`, as INVLPG does."""
         page = va >> PAGE_SHIFT
-        if va >> 21 in self._large or va >> 30 | 1 << 50 in self._large or page in self.fetched:
+        if (
+            va >> 21 in self._large
+            or va >> 30 | 1 << 50 in self._large
+            or page in self.fetched
+        ):
             self.flush()
         else:
             self._state.drop_translation(page)
+
+    def forget_streams(self) -> None:
+        """Forget what was expected of the next accesses."""
+        self._expected = {0: -1, 1: -1}
+        self._ahead = FEWEST_AHEAD
+        self.skip_bulk = False
+        self.implicit_page = None
 
     # Code
 
@@ -190,7 +205,10 @@ class TlbFiller:
                 kind -= MEM_READ
                 access = _ACCESS[kind]
                 if words[hflags_at] & 3 == 3:
-                    access |= _USER
+                    if self.implicit_page == va >> PAGE_SHIFT and not kind:
+                        self.implicit_page = None
+                    else:
+                        access |= _USER
                 elif quads[eflags_at] & _AC:
                     access |= _LIFTED
                 walker = mmu.walker
@@ -226,6 +244,9 @@ class TlbFiller:
                     or not (coherent or is_plain(slot, page, write=kind == 1))
                 ):
                     self._claim(found, kind == 1)
+                    if kind == 2:
+                        # Other bytes than were translated may have come.
+                        self.changed(slot, page, page + 1)
 
                 native = slot << SLOT_SHIFT | pa
                 native_page = native >> PAGE_SHIFT
@@ -249,7 +270,13 @@ class TlbFiller:
                 elif kind == 1:
                     perms = _RW
                     if native_page in code:
-                        if quads[rip_at] >> PAGE_SHIFT == va >> PAGE_SHIFT:
+                        # A block begins at RIP and ends in the next page at most.
+                        away = (va >> PAGE_SHIFT) - (quads[rip_at] >> PAGE_SHIFT)
+                        if 0 <= away <= 1 and (
+                            walker is None
+                            or rights | (access & ~_WRITE | _FETCH) << 3
+                            not in walker.refused
+                        ):
                             perms = _RW | PROT_EXEC
                         else:
                             self._purge(native_page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 from ..cpu import Cpu
@@ -10,7 +11,7 @@ from ..faults import CpuException
 from ..memory import MemoryBus
 from ..paging import Access
 from ..types import PAGE_SHIFT, PAGE_SIZE
-from .state import FS, GS, EngineState
+from .state import FS, GS, RSP, EngineState
 
 MOST_BYTES = 15
 REGISTERS = (
@@ -18,7 +19,8 @@ REGISTERS = (
     *("R8", "R9", "R10", "R11", "R12", "R13", "R14", "R15"),
 )
 """Names of the general registers, in the order of their encoding."""
-_U64 = (1 << 64) - 1
+_PREFIXES = frozenset(bytes.fromhex("262e36363e64656667f0f2f3"))
+_U64, _U32 = (1 << 64) - 1, (1 << 32) - 1
 _SYSTEM = int(Access.LIFTED)
 
 
@@ -59,10 +61,40 @@ class InstructionReader:
                 break
         return code
 
-    def software_interrupt_length(self) -> int:
-        """Return the length of the INT n or INT3 that ends at RIP."""
+    def software_interrupt_length(self, vector: int) -> int:
+        """Return the length of the INT n, INT1 or INT3 that ends at RIP."""
         last = self.code_at(self._state.rip - 1 & _U64, 1)
-        return 1 if last in (b"\xcc", b"\xf1") else 2
+        return 1 if (vector, last) in ((1, b"\xf1"), (3, b"\xcc")) else 2
+
+    def reads_descriptors(self, va: int) -> bool:
+        """Tell whether the instruction at RIP reads a descriptor or the TSS at `va`.
+
+        An operand in memory or on the stack in the same page is an access of its own
+        and answers no.
+        """
+        import iced_x86 as iced
+
+        code = self.code_at(self._state.rip, MOST_BYTES)
+        if not code:
+            return False
+        instruction = iced.Decoder(64, code).decode()
+        names, kinds = iced.Mnemonic, iced.OpKind
+        operands = [self._state.regs[RSP]]
+        if kinds.MEMORY in (instruction.op0_kind, instruction.op1_kind):
+            operands.append(self.memory_operand()[0])
+        if any(va - operand >> PAGE_SHIFT in (0, -1) for operand in operands):
+            return False
+        return (
+            instruction.mnemonic
+            in (
+                *(names.LAR, names.LSL, names.VERR, names.VERW, names.LSS, names.LFS),
+                *(names.LGS, names.RETF, names.IRET, names.IRETD, names.IRETQ),
+                *(names.IN, names.OUT),
+            )
+            or instruction.is_jmp_far_indirect
+            or instruction.is_call_far_indirect
+            or (instruction.op_count > 0 and instruction.op0_register in _segments())
+        )
 
     def cr_register(self) -> tuple[int, int]:
         """Return the general register of MOV to or from CR, and the length."""
@@ -70,7 +102,7 @@ class InstructionReader:
         if code[0] == 0x0F:
             return code[2] & 7, 3
         at = rex = 0
-        while code[at] in (0x66, 0xF0, 0xF2, 0xF3):
+        while code[at] in _PREFIXES:
             at += 1
         if code[at] & 0xF0 == 0x40:
             rex = code[at]
@@ -106,7 +138,7 @@ class InstructionReader:
         known = self._operands.get(code)
         if known is None:
             known = self._operands[code] = _decode_operand(code)
-        base, index, scale, displacement, segment, length = known
+        base, index, scale, displacement, segment, length, mask = known
         va = displacement
         if base == "rip":
             va += state.rip + length
@@ -114,6 +146,7 @@ class InstructionReader:
             va += state.regs[base]
         if index is not None:
             va += state.regs[index] * scale
+        va &= mask
         if segment is not None:
             va += state.segments[segment].base
         return va & _U64, length
@@ -138,6 +171,12 @@ class InstructionReader:
         return lines
 
 
+def _segments() -> tuple[int, ...]:
+    from iced_x86 import Register
+
+    return Register.DS, Register.ES, Register.FS, Register.GS, Register.SS
+
+
 def _decode_operand(code: bytes) -> tuple[Any, ...]:
     import iced_x86 as iced
 
@@ -145,11 +184,15 @@ def _decode_operand(code: bytes) -> tuple[Any, ...]:
     numbers: dict[int, int | str | None] = {
         getattr(register, name): number for number, name in enumerate(REGISTERS)
     }
+    for number, name in enumerate(REGISTERS):  # with an address-size prefix
+        numbers[getattr(register, f"E{name[1:]}" if number < 8 else f"{name}D")] = (
+            number
+        )
     numbers[register.NONE] = None
-    numbers[register.RIP] = "rip"
+    numbers[register.RIP] = numbers[register.EIP] = "rip"
     instruction = iced.Decoder(64, code).decode()
     displacement = instruction.memory_displacement
-    if instruction.memory_base == register.RIP:
+    if instruction.memory_base in (register.RIP, register.EIP):
         displacement -= instruction.len  # iced gives the target for code at 0
     segment = {register.FS: FS, register.GS: GS}.get(instruction.memory_segment)
     return (
@@ -159,4 +202,5 @@ def _decode_operand(code: bytes) -> tuple[Any, ...]:
         displacement,
         segment,
         instruction.len,
+        _U32 if 0x67 in takewhile(_PREFIXES.__contains__, code) else _U64,
     )
