@@ -1,6 +1,8 @@
 """Model-specific registers: their fields, their rules, and the file of one core."""
 
 from . import choices
+from .configuration import DeCfg, McgCap, PatchLevel, PredCmd, SpecCtrl
+from .memory_types import MtrrCap, MtrrDefType, MtrrPhysBase, MtrrPhysMask
 from .msr_file import MsrFault, MsrFile
 from .registers import (
     Efer,
@@ -22,28 +24,59 @@ from .registers import (
 )
 from .rule import Access, MsrRule
 from .rules import MSRS, RULES
+from .system import (
+    ApicBase,
+    Cstar,
+    FsBase,
+    GsBase,
+    KernelGsBase,
+    Lstar,
+    Sfmask,
+    Star,
+    Tsc,
+    TscAux,
+)
 
 __all__ = [
     "MSRS",
     "RULES",
     "Access",
+    "ApicBase",
+    "Cstar",
+    "DeCfg",
     "Efer",
+    "FsBase",
     "Ghcb",
+    "GsBase",
     "Hwcr",
+    "KernelGsBase",
+    "Lstar",
+    "McgCap",
     "Msr",
     "MsrFault",
     "MsrFile",
     "MsrRule",
+    "MtrrCap",
+    "MtrrDefType",
+    "MtrrPhysBase",
+    "MtrrPhysMask",
     "Pat",
+    "PatchLevel",
+    "PredCmd",
     "RmpBase",
     "RmpEnd",
     "SevStatus",
+    "Sfmask",
     "SmmAddr",
     "SmmBase",
     "SmmMask",
+    "SpecCtrl",
+    "Star",
     "Syscfg",
     "TopMem",
     "TopMem2",
+    "Tsc",
+    "TscAux",
     "VmHsavePa",
     "VmPageFlush",
     "choices",

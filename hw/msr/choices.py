@@ -9,7 +9,7 @@ SYSCFG_AT_HAND_OVER = 0
 """SYSCFG as firmware leaves it, bit 23 apart.
 
 One public transcript of an EPYC with SME shows 0xF4_0000, so real firmware also sets
-18, 20, 21 and 22. They change nothing here, because MTRRs are not modelled.
+18, 20, 21 and 22. They change nothing here, because memory types are not modelled.
 """
 
 MEM_ENCRYPT_STICKY = True
@@ -51,3 +51,23 @@ boots. False: #GP."""
 
 EFER_LOW_BITS_IGNORED = True
 """EFER[7:1] is "reserved, RAZ" in [APM2] 3.1.7: a 1 is dropped. False: #GP."""
+
+MTRR_WIDTH_REDUCED = False
+"""Once SYSCFG[23] is set, the bits that SME takes from physical addresses are reserved
+in the variable MTRRs too, as [APM2] 7.10.1 has it for page tables. False: they keep the
+width of CPUID 8000_0008.
+
+Linux 6.1 computes masks with the full width (kernel/cpu/mtrr/mtrr.c, mtrr_bp_init()),
+so True would refuse what it writes, and it would call the firmware's mask wrong.
+"""
+
+APIC_STAYS = True
+"""Moving the local APIC gives #GP: the devices here have fixed places. False: the
+register takes the address, and the APIC stays all the same."""
+
+PATCH_REVISION = 0x10
+"""Lowest byte of the microcode patch level; the others name the processor. It is below
+what real parts have, so that no mitigation that needs newer microcode is believed in.
+
+Source of the layout: [LNX] arch/x86/kernel/cpu/microcode/amd.c.
+"""

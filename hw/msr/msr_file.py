@@ -19,7 +19,7 @@ class Served(NamedTuple):
     """Who holds a register in place of the file."""
 
     read: Callable[[], int]
-    write: Callable[[int], None]
+    write: Callable[[int], None] | None
 
 
 class MsrFault(GeneralProtection):
@@ -79,8 +79,7 @@ class MsrFile:
         rule = self._rule(index, None)
         if Access.READ not in rule.access:
             raise MsrFault(index, None, _refused_access(rule))
-        served = self._served.get(index)
-        return self._values[index] if served is None else served.read()
+        return rule.shown(self._held(index), self)
 
     def write(self, index: int, value: int, *, paging: bool = False) -> None:
         """Execute WRMSR.
@@ -107,13 +106,16 @@ class MsrFile:
                 f"bits {value & ~writable:#x} are reserved on {self.model.name}, "
                 f"expected only bits of {writable:#x}",
             )
-        write = Write(self._values[index], value, paging, self.model, self)
+        served = self._served.get(index)
+        if served is not None and served.write is None:
+            raise MsrFault(index, value, "the hardware's own, expected no write")
+        write = Write(self._held(index), value, paging, self.model, self)
         if reason := rule.objection(write):
             raise MsrFault(index, value, reason)
-        self._values[index] = rule.kept(write)
-        if index in self._served:
-            self._served[index].write(self._values[index])
-        told = self._values[index] if Access.READ in rule.access else value
+        kept = self._values[index] = rule.kept(write)
+        if served is not None and served.write is not None:
+            served.write(kept)
+        told = rule.shown(kept, self) if Access.READ in rule.access else value
         for callback in self._callbacks:
             callback(index, told)
 
@@ -146,18 +148,36 @@ class MsrFile:
         return rule is not None and rule.present(self.model)
 
     def serve(
-        self, index: int, read: Callable[[], int], write: Callable[[int], None]
+        self,
+        register: type[Msr] | int,
+        read: Callable[[], int],
+        write: Callable[[int], None] | None = None,
     ) -> None:
         """Let the hardware hold a register: software's accesses go to these functions.
 
         The rules hold as before; `write` gets what they accepted.
 
+        Args:
+            register: its class or its address.
+            read: returns the value now, 64 bits.
+            write: takes a new one; None: software cannot write, which is #GP.
+
         Raises:
             CallerError: no such register is declared.
         """
-        if index not in RULE_BY_ADDRESS:
-            raise CallerError(f"{index:#x} is no MSR of the machine")
-        self._served[index] = Served(read, write)
+        self._served[_known(register)] = Served(read, write)
+
+    def take_back(self, register: type[Msr] | int) -> None:
+        """End what `serve` began; the register keeps the value it has now.
+
+        Raises:
+            CallerError: nobody serves the register.
+        """
+        index = _known(register)
+        if index not in self._served:
+            raise CallerError(f"MSR {index:#x}: nobody serves it")
+        self._values[index] = self._held(index)
+        del self._served[index]
 
     def on_write(self, callback: Callable[[int, int], None]) -> None:
         """Call `callback` with index and new value after each write by software.
@@ -166,6 +186,10 @@ class MsrFile:
         has changed by then; an exception of the callback reaches the writer.
         """
         self._callbacks.append(callback)
+
+    def _held(self, index: int) -> int:
+        served = self._served.get(index)
+        return self._values[index] if served is None else served.read()
 
     def _rule(self, index: int, value: int | None) -> MsrRule:
         if not 0 <= index < 1 << 32:
@@ -179,11 +203,13 @@ class MsrFile:
         return rule
 
 
-def _known(kind: type[Msr]) -> int:
+def _known(register: type[Msr] | int) -> int:
     """Return the address of a register that the machine has declared."""
-    if kind.ADDRESS not in RULE_BY_ADDRESS:
-        raise CallerError(f"{kind.__name__} is no MSR of the machine")
-    return kind.ADDRESS
+    index = register if isinstance(register, int) else register.ADDRESS
+    if index not in RULE_BY_ADDRESS:
+        name = f"{index:#x}" if isinstance(register, int) else register.__name__
+        raise CallerError(f"{name} is no MSR of the machine")
+    return index
 
 
 def _refused_access(rule: MsrRule) -> str:

@@ -57,6 +57,10 @@ def _as_written(write: Write) -> int:
     return write.new
 
 
+def _as_held(value: int, msrs: MsrFile) -> int:
+    return value
+
+
 @dataclass(frozen=True)
 class MsrRule:
     """One row.
@@ -70,6 +74,7 @@ class MsrRule:
         writable: bits that software may set; None: those that have a field.
         objection: why a value is refused and what was expected, or "".
         kept: what the register holds after an accepted write.
+        shown: what software reads of what the register holds.
     """
 
     register: type[Msr]
@@ -80,6 +85,7 @@ class MsrRule:
     writable: Callable[[CpuModel], int] | None = None
     objection: Callable[[Write], str] = _no_objection
     kept: Callable[[Write], int] = _as_written
+    shown: Callable[[int, MsrFile], int] = _as_held
 
     def writable_mask(self, model: CpuModel) -> int:
         """Return the bits that software may set on a processor."""

@@ -13,6 +13,7 @@ from ..cpuid.words import (
     SizesEbx,
 )
 from . import choices
+from .configuration import CONFIGURATION_RULES
 from .memory_types import MEMORY_TYPE_RULES
 from .registers import (
     Efer,
@@ -281,7 +282,12 @@ _ENCRYPTION_RULES: tuple[MsrRule, ...] = (
 
 RULES: tuple[MsrRule, ...] = tuple(
     sorted(
-        (*_ENCRYPTION_RULES, *SYSTEM_RULES, *MEMORY_TYPE_RULES),
+        (
+            *_ENCRYPTION_RULES,
+            *SYSTEM_RULES,
+            *CONFIGURATION_RULES,
+            *MEMORY_TYPE_RULES,
+        ),
         key=lambda rule: rule.register.ADDRESS,
     )
 )

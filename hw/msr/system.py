@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ..cpuid import CpuModel
+from ..cpuid.words import ExtendedEdx, FeatureEdx, StructuredEcx
 from ..registers import Field
+from . import choices
 from .registers import Msr
-from .rule import Access, MsrRule, Write
+from .rule import MsrRule, Write
 
-_U64 = (1 << 64) - 1
+_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 APIC_ENABLED_BOOT_CORE = 0xFEE0_0900
 
 
@@ -30,33 +32,6 @@ class ApicBase(Msr):
     page = Field(51, 12, about="physical page number of its registers")
 
 
-class PatchLevel(Msr):
-    """Microcode patch level. Source: Linux 6.1.192 asm/msr-index.h."""
-
-    ADDRESS, NAME = 0x0000_008B, "PATCH_LEVEL"
-
-    level = Field(31, 0)
-
-
-class McgCap(Msr):
-    """Machine-check banks. Source: [APM2] 9.3.1."""
-
-    ADDRESS, NAME = 0x0000_0179, "MCG_CAP"
-
-    count = Field(7, 0, about="banks; this machine has none")
-    ctl_present = Field(8)
-
-
-class McgStatus(Msr):
-    """Machine-check status. Source: [APM2] 9.3.1."""
-
-    ADDRESS, NAME = 0x0000_017A, "MCG_STATUS"
-
-    ripv = Field(0, about="the interrupted program can go on")
-    eipv = Field(1)
-    mcip = Field(2, about="a machine check is being handled")
-
-
 class SysenterCs(Msr):
     """Code segment of SYSENTER. Source: [APM2] 6.1.2."""
 
@@ -70,7 +45,7 @@ class SysenterEsp(Msr):
 
     ADDRESS, NAME = 0x0000_0175, "SYSENTER_ESP"
 
-    address = Field(63, 0)
+    address = Field(31, 0, about="legacy mode only, so 32 bits")
 
 
 class SysenterEip(Msr):
@@ -78,7 +53,7 @@ class SysenterEip(Msr):
 
     ADDRESS, NAME = 0x0000_0176, "SYSENTER_EIP"
 
-    address = Field(63, 0)
+    address = Field(31, 0, about="legacy mode only, so 32 bits")
 
 
 class Star(Msr):
@@ -140,39 +115,32 @@ class KernelGsBase(Msr):
 
 
 class TscAux(Msr):
-    """What RDTSCP puts into ECX. Source: [APM2] 13.2.4; [APM3] RDTSCP."""
+    """What RDTSCP and RDPID return. Source: [APM2] 13.2.4; [APM3] RDTSCP."""
 
     ADDRESS, NAME = 0xC000_0103, "TSC_AUX"
 
-    value32 = Field(31, 0)
+    value32 = Field(31, 0, about="Linux: number of core and node")
 
 
-class NbCfg(Msr):
-    """Northbridge configuration; only what Linux 6.1 sets has a name.
+def _all_bits(model: CpuModel) -> int:
+    return _U64
 
-    Source: Linux 6.1.192 asm/msr-index.h, MSR_AMD64_NB_CFG; arch/x86/pci/amd_bus.c.
+
+def _low_half(write: Write) -> int:
+    """Keep 32 bits; AMD ignores what is above.
+
+    Source: Linux 6.1.192 arch/x86/kvm/x86.c, __kvm_set_msr() on TSC_AUX and SYSENTER;
+    arch/x86/kernel/cpu/common.c, syscall_init().
     """
-
-    ADDRESS, NAME = 0xC001_001F, "NB_CFG"
-
-    enable_cf8_ext_cfg = Field(46, about="extended configuration space by CF8h")
+    return write.new & _U32
 
 
-class DeCfg(Msr):
-    """Decode configuration; only what Linux 6.1 uses has a name.
-
-    Source: Linux 6.1.192 asm/msr-index.h, MSR_AMD64_DE_CFG.
-    """
-
-    ADDRESS, NAME = 0xC001_1029, "DE_CFG"
-
-    lfence_serialize = Field(1, about="LFENCE serializes")
-
-
-def _canonical(write: Write) -> str:
-    top = write.new >> 47 if not write.model.la57 else write.new >> 56
-    ones = (1 << 17) - 1 if not write.model.la57 else (1 << 8) - 1
-    return "" if top in (0, ones) else "not canonical, expected a canonical address"
+def _canonical_objection(write: Write) -> str:
+    """Refuse an address that no mode of the part could use: unverified for 57 bits."""
+    bits = 57 if write.model.la57 else 48
+    if write.new >> bits - 1 in (0, _U64 >> bits - 1):
+        return ""
+    return f"not canonical, expected bits 63:{bits} to repeat bit {bits - 1}"
 
 
 def _apic_objection(write: Write) -> str:
@@ -181,7 +149,7 @@ def _apic_objection(write: Write) -> str:
         return f"BSC is read-only, expected {old.boot_core}"
     if new.x2apic:
         return "this machine's APIC has no x2APIC mode, expected bit 10 clear"
-    if new.page != old.page:
+    if choices.APIC_STAYS and new.page != old.page:
         return f"this machine's APIC stays where it is, expected page {old.page:#x}"
     return ""
 
@@ -190,56 +158,75 @@ def _apic_writable(model: CpuModel) -> int:
     return ApicBase.declared_mask() & ((1 << model.phys_bits) - 1)
 
 
-def _patch_level(model: CpuModel, smee: bool) -> int:
-    """Return a level formed as the real ones are from family and model: unverified."""
-    version = model.table.leaf(1).eax
-    family = version >> 20 & 0xFF
-    extended_model, base_model, stepping = (
-        version >> 16 & 0xF,
-        version >> 4 & 0xF,
-        version & 0xF,
-    )
-    return (
-        0x0800_0000
-        | family << 20 & 0xF0_0000
-        | extended_model << 16
-        | base_model << 12
-        | stepping << 8
-        | 0x10
+def _address_rule(register: type[Msr], field: Field, needs: str) -> MsrRule:
+    """Return the rule of a 64-bit linear address; `field` of 8000_0001 EDX has it."""
+    return MsrRule(
+        register,
+        present=lambda model: bool(model.table.word(ExtendedEdx).value & field.mask),
+        needs=needs,
+        objection=_canonical_objection,
     )
 
+
+def _has_apic(model: CpuModel) -> bool:
+    return bool(model.table.word(FeatureEdx).apic)
+
+
+def _has_sysenter(model: CpuModel) -> bool:
+    return bool(model.table.word(FeatureEdx).sep)
+
+
+def _has_syscall(model: CpuModel) -> bool:
+    return bool(model.table.word(ExtendedEdx).syscall)
+
+
+def _has_tsc_aux(model: CpuModel) -> bool:
+    table = model.table
+    return bool(table.word(ExtendedEdx).rdtscp or table.word(StructuredEcx).rdpid)
+
+
+SEP = "CPUID 1 EDX[11] (SEP)"
+SYSCALL = "CPUID 8000_0001 EDX[11] (SYSCALL)"
+LONG_MODE = "CPUID 8000_0001 EDX[29] (long mode)"
 
 SYSTEM_RULES: tuple[MsrRule, ...] = (
-    MsrRule(Tsc),
+    MsrRule(
+        Tsc,
+        present=lambda model: bool(model.table.word(FeatureEdx).tsc),
+        needs="CPUID 1 EDX[4] (TSC)",
+    ),
     MsrRule(
         ApicBase,
+        present=_has_apic,
+        needs="CPUID 1 EDX[9] (APIC)",
         reset=lambda model, smee: APIC_ENABLED_BOOT_CORE,
         writable=_apic_writable,
         objection=_apic_objection,
     ),
-    MsrRule(PatchLevel, access=Access.READ, reset=_patch_level),
-    MsrRule(McgCap, access=Access.READ),
-    MsrRule(McgStatus),
-    MsrRule(SysenterCs),
-    MsrRule(SysenterEsp, objection=_canonical),
-    MsrRule(SysenterEip, objection=_canonical),
-    MsrRule(Star),
-    MsrRule(Lstar, objection=_canonical),
-    MsrRule(Cstar, objection=_canonical),
-    MsrRule(Sfmask),
-    MsrRule(FsBase, objection=_canonical),
-    MsrRule(GsBase, objection=_canonical),
-    MsrRule(KernelGsBase, objection=_canonical),
+    MsrRule(SysenterCs, present=_has_sysenter, needs=SEP),
+    *(
+        MsrRule(
+            register,
+            present=_has_sysenter,
+            needs=SEP,
+            writable=_all_bits,
+            kept=_low_half,
+        )
+        for register in (SysenterEsp, SysenterEip)
+    ),
+    MsrRule(Star, present=_has_syscall, needs=SYSCALL),
+    _address_rule(Lstar, ExtendedEdx.syscall, SYSCALL),
+    _address_rule(Cstar, ExtendedEdx.syscall, SYSCALL),
+    MsrRule(Sfmask, present=_has_syscall, needs=SYSCALL),
+    _address_rule(FsBase, ExtendedEdx.long_mode, LONG_MODE),
+    _address_rule(GsBase, ExtendedEdx.long_mode, LONG_MODE),
+    _address_rule(KernelGsBase, ExtendedEdx.long_mode, LONG_MODE),
     MsrRule(
         TscAux,
-        present=lambda model: bool(model.table.leaf(0x8000_0001).edx >> 27 & 1),
-        needs="CPUID 8000_0001 EDX[27] (RDTSCP)",
-    ),
-    MsrRule(NbCfg, writable=lambda model: _U64),
-    MsrRule(
-        DeCfg,
-        reset=lambda model, smee: DeCfg.lfence_serialize.mask,
-        writable=lambda model: _U64,
+        present=_has_tsc_aux,
+        needs="CPUID 8000_0001 EDX[27] (RDTSCP) or 7 ECX[22] (RDPID)",
+        writable=_all_bits,
+        kept=_low_half,
     ),
 )
 """System registers, by address."""
