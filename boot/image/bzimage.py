@@ -21,7 +21,6 @@ from ..params import (
     SETUP_HEADER_START,
 )
 from .decompress import decompress
-from .elf import read_vmlinux
 from .kernel import KernelImage
 from .layout import KERNEL_MAPPING_SIZE
 from .source import ImageSource
@@ -108,6 +107,9 @@ def read_bzimage(source: ImageSource) -> KernelImage:
         limit = min(limit, fields["init_size"])
 
     kernel, compression = decompress(source, image.setup_size + start, length, limit)
+    # Imported here: whoever runs the image as it is needs no ELF library.
+    from .elf import read_vmlinux
+
     return read_vmlinux(
         kernel,
         name=source.name,

@@ -359,6 +359,10 @@ class TlbFiller:
         page = pa >> PAGE_SHIFT
         caches = self._caches
         count = 1
+        if self._memory.line_words[slot][0][page] == ALL_LINES:
+            # Only to be marked dirty, or to be looked at for hazards.
+            caches.claim(slot, pa, PAGE_SIZE, write=write)
+            return
         if self._expected.get(slot) == page:
             self._ahead = min(2 * self._ahead, MOST_AHEAD)
         else:

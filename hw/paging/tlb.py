@@ -13,6 +13,8 @@ from typing import NamedTuple
 from ..types import PAGE_SHIFT
 from .formats import Entry
 
+_D, _G = int(Entry.D), int(Entry.G)
+
 CAPACITY = 1 << 16
 """Pieces kept; beyond that the oldest goes, as in any TLB."""
 
@@ -37,12 +39,12 @@ class Translation(NamedTuple):
     @property
     def dirty(self) -> bool:
         """The leaf's D bit is set, so a store needs no walk."""
-        return bool(self.entry & Entry.D)
+        return bool(self.entry & _D)
 
     @property
     def is_global(self) -> bool:
         """The leaf's G bit is set: it survives a write of CR3."""
-        return bool(self.entry & Entry.G)
+        return bool(self.entry & _G)
 
 
 class Tlb:
