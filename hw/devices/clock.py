@@ -14,6 +14,7 @@ class Timer:
 
     def __init__(self, clock: VirtualClock, callback: Callable[[], None]) -> None:
         self.when: int | None = None
+        self._order = 0  # of the entry in the heap that counts
         self._clock = clock
         self._callback = callback
 
@@ -26,6 +27,9 @@ class Timer:
         """Call back no more."""
         self.when = None
         self._clock._settle()
+
+    def _waits_as(self, order: int) -> bool:
+        return self.when is not None and self._order == order
 
     def _fire(self) -> None:
         self.when = None
@@ -61,11 +65,12 @@ class VirtualClock:
 
     def _add(self, timer: Timer, when: int) -> None:
         self._order += 1  # equal deadlines fire in the order they were armed
+        timer._order = self._order
         heapq.heappush(self._heap, (when, self._order, timer))
         self._settle()
 
     def _settle(self) -> None:
         heap = self._heap
-        while heap and heap[0][2].when != heap[0][0]:
+        while heap and not heap[0][2]._waits_as(heap[0][1]):
             heapq.heappop(heap)
         self.next_deadline = heap[0][0] if heap else NEVER

@@ -1,16 +1,17 @@
 """The I/O APIC: 24 inputs, each with an entry that says which vector it raises.
 
 Source: Intel 82093AA data sheet (290566). One processor: destinations are not looked
-at, lowest priority means fixed.
+at, lowest priority means fixed. The polarity bit reads back, inputs are asserted when
+they are driven high. Version 11h has no EOI register.
 """
 
 from __future__ import annotations
 
-from .lapic import LocalApic
+from .lapic import FIXED, LOWEST_PRIORITY, LocalApic
 
 BASE, SIZE = 0xFEC0_0000, 0x1000
 INPUTS = 24
-SELECT, WINDOW, EOI = 0x00, 0x10, 0x40
+SELECT, WINDOW = 0x00, 0x10
 ID, VERSION, ARBITRATION, TABLE = 0x00, 0x01, 0x02, 0x10
 VERSION_VALUE = 0x11 | INPUTS - 1 << 16
 TIMER_INPUT = 2
@@ -18,7 +19,6 @@ TIMER_INPUT = 2
 
 MASKED, LEVEL, REMOTE_IRR, PENDING = 1 << 16, 1 << 15, 1 << 14, 1 << 12
 READ_ONLY = REMOTE_IRR | PENDING
-NMI, EXTINT = 4, 7
 
 
 class IoApic:
@@ -32,7 +32,7 @@ class IoApic:
         self._apic = apic
         self._select = 0
         self._id = 0
-        self._entries = [MASKED] * INPUTS
+        self._entries = [MASKED for _ in range(INPUTS)]
         self._lines = 0
         apic.on_eoi = self.end_of_interrupt
 
@@ -75,8 +75,6 @@ class IoApic:
             self._select = value & 0xFF
         elif offset == WINDOW:
             self._set_register(self._select, value)
-        elif offset == EOI:
-            self.end_of_interrupt(value & 0xFF)
 
     def _register(self, index: int) -> int:
         if index in (ID, ARBITRATION):
@@ -97,29 +95,32 @@ class IoApic:
             return
         old = self._entries[number]
         if high:
-            self._entries[number] = old & 0xFFFF_FFFF | value << 32
+            self._entries[number] = old & 0xFFFF_FFFF | (value & 0xFF00_0000) << 32
         else:
-            kept = old & (0xFFFF_FFFF << 32 | READ_ONLY)
+            kept = old & 0xFFFF_FFFF << 32
+            if value & LEVEL:  # only there does remote IRR mean anything
+                kept |= old & READ_ONLY
             self._entries[number] = kept | value & 0x1_FFFF & ~READ_ONLY
             self._serve_level(number)
 
     def _serve_level(self, number: int) -> None:
         entry = self._entries[number]
         blocked = entry & (MASKED | REMOTE_IRR)
-        if entry & LEVEL and not blocked and self._lines >> number & 1:
+        asks = entry & LEVEL and not blocked and self._lines >> number & 1
+        if asks and self._deliver(entry):
             self._entries[number] |= REMOTE_IRR
-            self._deliver(entry)
 
-    def _deliver(self, entry: int) -> None:
-        if entry >> 8 & 7 not in (NMI, EXTINT):
-            self._apic.request(entry & 0xFF)
+    def _deliver(self, entry: int) -> bool:
+        if entry >> 8 & 7 not in (FIXED, LOWEST_PRIORITY):
+            return False
+        return self._apic.request(entry & 0xFF, level=bool(entry & LEVEL))
 
     def state(self) -> dict[str, object]:
         """Return the state, for JSON."""
         return {
             "select": self._select,
             "id": self._id,
-            "entries": self._entries,
+            "entries": list(self._entries),
             "lines": self._lines,
         }
 

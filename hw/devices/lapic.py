@@ -17,8 +17,8 @@ BASE = 0xFEE0_0000
 SIZE = 0x1000
 BUS_HZ = 100_000_000
 NANOSECONDS = 1_000_000_000
-VERSION = 0x8005_0010
-"""Version 10h, six local vectors; bit 31: extended space (absent here) off."""
+VERSION = 0x0005_0010
+"""Version 10h, six local vectors, no extended space."""
 
 ID, VERSION_REGISTER, TPR, PPR, EOI = 0x02, 0x03, 0x08, 0x0A, 0x0B
 LDR, DFR, SVR, ISR, TMR, IRR = 0x0D, 0x0E, 0x0F, 0x10, 0x18, 0x20
@@ -29,7 +29,9 @@ INITIAL_COUNT, CURRENT_COUNT, DIVIDE = 0x38, 0x39, 0x3E
 MASKED = 1 << 16
 PERIODIC = 1 << 17
 SOFTWARE_ENABLE = 1 << 8
-DELIVERY_EXTINT = 7
+FIXED, LOWEST_PRIORITY, DELIVERY_EXTINT = 0, 1, 7
+LOGICAL_DESTINATION = 1 << 11
+BROADCAST = 0xFF
 SELF, ALL = 1, 2
 LVT_WRITABLE = {
     LVT_TIMER: 0x300FF,
@@ -39,7 +41,7 @@ LVT_WRITABLE = {
     LVT_LINT1: 0x1A7FF,
     LVT_ERROR: 0x100FF,
 }
-ILLEGAL_VECTOR = 1 << 6
+SENT_ILLEGAL_VECTOR, RECEIVED_ILLEGAL_VECTOR = 1 << 5, 1 << 6
 
 
 class LocalApic:
@@ -51,7 +53,7 @@ class LocalApic:
         changed: called when an interrupt may have become deliverable.
 
     Attributes:
-        on_eoi: called with each vector that software is done with.
+        on_eoi: called with each level-triggered vector that software is done with.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class LocalApic:
         }
         # After firmware: virtual wire, as boot loaders hand it over.
         self._registers[LVT_LINT0] = DELIVERY_EXTINT << 8
-        self._isr = self._irr = 0
+        self._isr = self._irr = self._tmr = 0
         self._started: int | None = None
         self._timer = clock.timer(self._expired)
 
@@ -105,8 +107,7 @@ class LocalApic:
 
     def _passes_pic(self) -> bool:
         lint0 = self._registers[LVT_LINT0]
-        through = not lint0 & MASKED and lint0 >> 8 & 7 == DELIVERY_EXTINT
-        return through or not self.software_enabled
+        return not lint0 & MASKED and lint0 >> 8 & 7 == DELIVERY_EXTINT
 
     def _best(self) -> int | None:
         if not self._irr or not self.software_enabled:
@@ -136,12 +137,12 @@ class LocalApic:
     def read_register(self, index: int) -> int:
         """Return a register by offset / 16, as x2APIC numbers them too."""
         if index == VERSION_REGISTER:
-            return VERSION & 0x7FFF_FFFF
+            return VERSION
         if index == PPR:
             return self._processor_priority()
         if index == CURRENT_COUNT:
             return self._current_count()
-        for base, bits in ((ISR, self._isr), (IRR, self._irr)):
+        for base, bits in ((ISR, self._isr), (TMR, self._tmr), (IRR, self._irr)):
             if base <= index < base + 8:
                 return bits >> 32 * (index - base) & 0xFFFF_FFFF
         return self._registers.get(index, 0)
@@ -152,7 +153,8 @@ class LocalApic:
             if self._isr:
                 vector = self._isr.bit_length() - 1
                 self._isr &= ~(1 << vector)
-                self.on_eoi(vector)
+                if self._tmr >> vector & 1:
+                    self.on_eoi(vector)
         elif index in LVT_WRITABLE:
             if not self.software_enabled:
                 value |= MASKED
@@ -184,21 +186,46 @@ class LocalApic:
             self._registers[DFR] = value | 0x0FFF_FFFF
         self._update()
 
-    def request(self, vector: int) -> None:
-        """Let a vector become pending."""
+    def request(self, vector: int, *, level: bool = False) -> bool:
+        """Let a vector become pending; tell whether it was accepted."""
+        if not self.software_enabled:
+            return False
         if vector < 16:
-            self._registers[ESR] |= ILLEGAL_VECTOR
-            return
+            self._error(RECEIVED_ILLEGAL_VECTOR)
+            return False
         self._irr |= 1 << vector
+        self._tmr = self._tmr & ~(1 << vector) | level << vector
         self._update()
+        return True
+
+    def _error(self, bit: int) -> None:
+        self._registers[ESR] |= bit
+        entry = self._registers[LVT_ERROR]
+        if not entry & MASKED and entry & 0xFF >= 16:
+            self.request(entry & 0xFF)
 
     def _send(self, command: int) -> None:
         shorthand, mode = command >> 18 & 3, command >> 8 & 7
         to_self = shorthand in (SELF, ALL) or (
-            shorthand == 0 and self._registers[ICR_HIGH] == self._registers[ID]
+            shorthand == 0 and self._is_addressed(bool(command & LOGICAL_DESTINATION))
         )
-        if to_self and mode == 0:
+        if mode not in (FIXED, LOWEST_PRIORITY):
+            return
+        if command & 0xFF < 16:
+            self._error(SENT_ILLEGAL_VECTOR)
+        elif to_self:
             self.request(command & 0xFF)
+
+    def _is_addressed(self, logical: bool) -> bool:
+        destination = self._registers[ICR_HIGH] >> 24
+        if destination == BROADCAST:
+            return True
+        if not logical:
+            return destination == self._registers[ID] >> 24
+        own = self._registers[LDR] >> 24
+        if self._registers[DFR] >> 28 == 0xF:  # flat: a bit for each core
+            return bool(destination & own)
+        return destination >> 4 == own >> 4 and bool(destination & own & 0xF)
 
     # The timer
 
@@ -240,8 +267,11 @@ class LocalApic:
 
     def _expired(self) -> None:
         timer = self._registers[LVT_TIMER]
-        if timer & PERIODIC:
+        if timer & PERIODIC and self._started is not None:
+            self._started += self._count_ns(self._registers[INITIAL_COUNT])
             self._schedule()
+        else:
+            self._started = None  # a counter at 0 stays there, in any mode
         if not timer & MASKED:
             self.request(timer & 0xFF)
 
@@ -255,6 +285,7 @@ class LocalApic:
             "registers": sorted(self._registers.items()),
             "isr": hex(self._isr),
             "irr": hex(self._irr),
+            "tmr": hex(self._tmr),
             "started": self._started,
             "timer": self._timer.when,
         }
@@ -265,7 +296,9 @@ class LocalApic:
         assert isinstance(registers, list)
         assert started is None or isinstance(started, int)
         self._registers = {int(index): int(value) for index, value in registers}
-        self._isr, self._irr = int(str(state["isr"]), 16), int(str(state["irr"]), 16)
+        self._isr, self._irr, self._tmr = (
+            int(str(state[key]), 16) for key in ("isr", "irr", "tmr")
+        )
         self._started = started
         self._timer.disarm()
         if isinstance(when, int):

@@ -1,7 +1,9 @@
 """8254 interval timer at 40h, and the speaker port 61h that gates its channel 2.
 
 Nothing ticks: counts are computed from the clock when they are read, and channel 0
-has a timer for its next interrupt.
+has a timer for its next interrupt. Pulse n comes n / 1193182 s after a count was
+written, rounded down to a nanosecond. A count takes effect at once, in mid-cycle too,
+and counting is binary always.
 
 Source: Intel 8254 data sheet (231164); port 61h: IBM PC/AT technical reference.
 """
@@ -15,8 +17,15 @@ from .clock import VirtualClock
 HZ = 1_193_182
 NANOSECONDS = 1_000_000_000
 PERIODIC = (2, 3)
+TRIGGERED = (1, 5)
+"""Modes that wait for a rising edge of GATE."""
 REFRESH_NS = 15_085
 """Half a period of the memory refresh that bit 4 of port 61h shows."""
+
+
+def moment(pulses: int) -> int:
+    """Return after how many nanoseconds that many input pulses have come."""
+    return pulses * NANOSECONDS // HZ
 
 
 class Channel:
@@ -24,18 +33,19 @@ class Channel:
 
     Attributes:
         mode: 0 to 5.
-        start: when the count was loaded, nanoseconds; None if it never was.
+        start: when counting began, nanoseconds; None if it has not.
+        loaded: a count was written since the control word.
     """
 
     STATE = (
-        "mode access reload start gate low latched latched_status read_high "
-        "write_high frozen"
-    ).split()
+        *("mode", "access", "reload", "start", "gate", "low", "latched"),
+        *("latched_status", "read_high", "write_high", "frozen", "loaded"),
+    )
 
     def __init__(self, clock: VirtualClock) -> None:
         self.mode, self.access, self.reload = 3, 3, 0x1_0000
         self.start: int | None = None
-        self.gate = True
+        self.gate, self.loaded = True, False
         self.low = 0
         self.latched: int | None = None
         self.latched_status: int | None = None
@@ -49,7 +59,7 @@ class Channel:
             return 0
         if self.frozen is not None:
             return self.frozen
-        return (self._clock.now - self.start) * HZ // NANOSECONDS
+        return ((self._clock.now - self.start + 1) * HZ - 1) // NANOSECONDS
 
     def count(self) -> int:
         """Return the counter as it stands, 16 bits."""
@@ -62,7 +72,7 @@ class Channel:
 
     def output(self) -> bool:
         """Return OUT."""
-        if self.start is None:
+        if self.start is None or (self.mode in PERIODIC and not self.gate):
             return self.mode != 0
         ticks = self.ticks()
         if self.mode in (0, 1):
@@ -79,6 +89,7 @@ class Channel:
         mode = value >> 1 & 7
         self.mode = mode - 4 if mode > 5 else mode
         self.start = self.latched = self.latched_status = self.frozen = None
+        self.loaded = False
         self.read_high = self.write_high = False
 
     def load(self, value: int) -> bool:
@@ -91,8 +102,10 @@ class Channel:
         elif self.access == 2:
             value <<= 8
         self.reload = value or 0x1_0000
-        self.start = self._clock.now
-        self.frozen = None if self.gate else 0
+        self.loaded = True
+        if self.mode not in TRIGGERED:
+            self.start = self._clock.now
+            self.frozen = None if self.gate else 0
         return True
 
     def set_gate(self, high: bool) -> None:
@@ -100,16 +113,14 @@ class Channel:
         if high == self.gate:
             return
         self.gate = high
-        if self.start is None:
-            return
-        if not high:
-            self.frozen = self.ticks()
-        else:
-            if self.mode in (0, 4) and self.frozen is not None:
-                gone = -(-self.frozen * NANOSECONDS // HZ)
-                self.start = self._clock.now - gone
-            else:
+        if self.mode in TRIGGERED:
+            if high and self.loaded:
                 self.start = self._clock.now
+        elif self.start is not None and not high:
+            self.frozen = self.ticks()
+        elif self.start is not None:
+            gone = self.frozen or 0 if self.mode in (0, 4) else 0
+            self.start = self._clock.now - moment(gone)
             self.frozen = None
 
     def latch(self) -> None:
@@ -119,10 +130,11 @@ class Channel:
 
     def latch_status(self) -> None:
         """Keep the status byte for reading."""
-        null = self.start is None
-        self.latched_status = (
-            self.output() << 7 | null << 6 | self.access << 4 | self.mode << 1
-        )
+        if self.latched_status is None:
+            null = not self.loaded
+            self.latched_status = (
+                self.output() << 7 | null << 6 | self.access << 4 | self.mode << 1
+            )
 
     def read(self) -> int:
         """Return the next byte of status or count."""
@@ -154,6 +166,7 @@ class Pit:
         self._line = line
         self._speaker = 0
         self._timer = clock.timer(self._tick)
+        line(self.channels[0].output())
 
     def read_port(self, port: int, size: int) -> int:
         """A counter, or port 61h."""
@@ -195,16 +208,15 @@ class Pit:
     def _schedule(self) -> None:
         """Arm the timer for the next rising edge of OUT 0."""
         channel = self.channels[0]
-        assert channel.start is not None
-        ticks = channel.ticks()
+        self._timer.disarm()
+        if channel.start is None:
+            return
         if channel.mode in PERIODIC:
-            edge = (ticks // channel.reload + 1) * channel.reload
+            edge = (channel.ticks() // channel.reload + 1) * channel.reload
         else:
-            edge = channel.reload
-            self._line(False)
-            if ticks >= edge:
-                return
-        self._timer.arm(channel.start - -(edge * NANOSECONDS) // HZ + 1)
+            edge = channel.reload + (channel.mode == 4)  # low for one pulse
+        self._line(channel.mode != 0)
+        self._timer.arm(channel.start + moment(edge))
 
     def _tick(self) -> None:
         self._line(False)

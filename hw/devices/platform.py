@@ -52,7 +52,8 @@ class Platform:
         epoch: date of the real-time clock at power-on, seconds since 1970.
 
     Attributes:
-        clock, ports, pic, pit, lapic, uart, rtc: the parts.
+        clock, ports, pic, pit, lapic, ioapic, uart, rtc, pci, power, resets: the
+            parts.
         interrupts: what a core asks.
         request: None, "shutdown", "reset" or ("exit", code): what the guest asked for.
         on_request: called when it asks.
@@ -67,7 +68,7 @@ class Platform:
     ) -> None:
         self.clock = VirtualClock()
         self.ports = PortSpace()
-        self.request: None | str | tuple[str, int] = None
+        self.request: str | tuple[str, int] | None = None
         self.on_request: Callable[[], None] = lambda: None
         self.interrupts = Interrupts(lambda: self.lapic)
         self.pic = Pic(self._changed)
@@ -80,7 +81,7 @@ class Platform:
         self.power = PowerManagement(self.clock, self._ask)
         memory_map.attach(lapic.BASE, lapic.SIZE, self.lapic)
         memory_map.attach(ioapic.BASE, ioapic.SIZE, self.ioapic)
-        resets = ResetLines(self._ask)
+        self.resets = ResetLines(self._ask)
         for first, last, device in (
             (pic.MASTER, pic.MASTER + 1, self.pic),
             (pic.SLAVE, pic.SLAVE + 1, self.pic),
@@ -93,11 +94,11 @@ class Platform:
             (pci.DATA, pci.DATA + 3, self.pci),
             (power.PM1_STATUS, power.PM1_CONTROL + 1, self.power),
             (power.PM_TIMER, power.PM_TIMER + 3, self.power),
-            (0x60, 0x60, resets),
-            (power.KEYBOARD_STATUS, power.KEYBOARD_STATUS, resets),
-            (power.FAST_GATE, power.FAST_GATE, resets),
-            (power.RESET_CONTROL, power.RESET_CONTROL, resets),
-            (power.DEBUG_EXIT, power.DEBUG_EXIT, resets),
+            (0x60, 0x60, self.resets),
+            (power.KEYBOARD_STATUS, power.KEYBOARD_STATUS, self.resets),
+            (power.FAST_GATE, power.FAST_GATE, self.resets),
+            (power.RESET_CONTROL, power.RESET_CONTROL, self.resets),
+            (power.DEBUG_EXIT, power.DEBUG_EXIT, self.resets),
             (POST_CODE, POST_CODE, Sink()),
             (ACPI_COMMAND, ACPI_COMMAND, Sink()),
             (DEBUG_CONSOLE, DEBUG_CONSOLE, Sink(console)),
@@ -134,4 +135,6 @@ class Platform:
             self.interrupts.on_change()
 
 
-_STATEFUL = ("pic", "lapic", "ioapic", "pit", "uart", "rtc", "pci", "power")
+_STATEFUL = (
+    *("pic", "lapic", "ioapic", "pit", "uart", "rtc", "pci", "power", "resets"),
+)

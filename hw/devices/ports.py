@@ -42,7 +42,7 @@ class PortSpace:
         for port in range(first, last + 1):
             if port in self._devices:
                 raise CallerError(f"port {port:#x} has a device already")
-            self._devices[port] = device
+        self._devices.update(dict.fromkeys(range(first, last + 1), device))
 
     def read(self, port: int, size: int) -> int:
         """IN of 1, 2 or 4 bytes."""

@@ -48,7 +48,7 @@ class PowerManagement:
         elif port == PM1_ENABLE:
             self._enable = value & 0xFFFF
         elif port == PM1_CONTROL:
-            self._control = value & 0x1C07
+            self._control = value & 0x1C02  # GBL_RLS and SLP_EN read as 0
             if value & SLEEP_ENABLE and value >> 10 & 7 == SLEEP_TYPE_OFF:
                 self._ask("shutdown", 0)
 
@@ -87,6 +87,14 @@ class ResetLines:
             self._ask("reset", 0)
         elif port == DEBUG_EXIT:
             self._ask("exit", value)
+
+    def state(self) -> dict[str, object]:
+        """Return the state, for JSON."""
+        return {"gate": self._gate}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Set what `state` returned."""
+        self._gate = int(state["gate"])
 
 
 class Sink:

@@ -17,7 +17,7 @@ from .clock import VirtualClock
 SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR = 0, 2, 4, 6, 7, 8, 9
 A, B, C, D = 0x0A, 0x0B, 0x0C, 0x0D
 CENTURY = 0x32
-BINARY, HOURS_24 = 0x04, 0x02
+SET, BINARY, HOURS_24 = 0x80, 0x04, 0x02
 VALID = 0x80
 UPDATE_NS = 244_000
 """The last 244 us of a second: update in progress."""
@@ -80,6 +80,7 @@ class Rtc:
             return value | afternoon
         if index == A:
             updating = self._clock.now % 1_000_000_000 >= 1_000_000_000 - UPDATE_NS
+            updating = updating and not self._cells[B] & SET
             return self._cells[A] & 0x7F | updating << 7
         if index == C:
             return 0

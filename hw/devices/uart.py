@@ -1,7 +1,8 @@
 """16550A serial port: COM1 at 3F8h.
 
-Sending takes no time: the holding register is always empty. Source: National
-Semiconductor PC16550D data sheet.
+Sending takes no time: the holding register is always empty, and a FIFO below its
+trigger level has timed out at once. Source: National Semiconductor PC16550D data sheet
+(TL/C/8652).
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ COM1, COM1_IRQ = 0x3F8, 4
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCRATCH = range(8)
 DLAB = 0x80
 DATA_READY, OVERRUN, THR_EMPTY = 0x01, 0x02, 0x60
-RECEIVE_INTERRUPT, SEND_INTERRUPT, LINE_INTERRUPT = 1, 2, 4
+RECEIVE_INTERRUPT, SEND_INTERRUPT, LINE_INTERRUPT, MODEM_INTERRUPT = 1, 2, 4, 8
+MODEM_CHANGE, SENT, RECEIVED, LINE_ERROR, TIMEOUT = 0x0, 0x2, 0x4, 0x6, 0xC
+NO_CAUSE = 1
 LOOP, OUT2 = 0x10, 0x08
 FIFO_SIZE = 16
+TRIGGERS = (1, 4, 8, 14)
+RING = 0x40
 CONNECTED = 0xB0
 """Modem status: DCD, DSR and CTS."""
 
@@ -29,7 +34,10 @@ class Uart:
         base: first port.
     """
 
-    STATE = "ier lcr mcr scratch divisor fifo send_pending overrun".split()
+    STATE = (
+        *("ier", "lcr", "mcr", "scratch", "divisor", "fifo", "trigger"),
+        *("send_pending", "overrun", "modem_changes"),
+    )
 
     def __init__(
         self,
@@ -39,7 +47,8 @@ class Uart:
     ) -> None:
         self.base = base
         self.ier = self.lcr = self.mcr = self.scratch = 0
-        self.divisor = 1
+        self.divisor = self.trigger = 1
+        self.modem_changes = 0  # since the modem status was read
         self.fifo = False
         self.send_pending = False
         self.overrun = False
@@ -73,9 +82,13 @@ class Uart:
             value = THR_EMPTY | DATA_READY * bool(self._received)
             value |= OVERRUN * self.overrun
             self.overrun = False
+            self._update()
             return value
         if register == MSR:
-            return self._modem_status()
+            value = self._modem_status() | self.modem_changes
+            self.modem_changes = 0
+            self._update()
+            return value
         return {LCR: self.lcr, MCR: self.mcr, SCRATCH: self.scratch}[register]
 
     def write_port(self, port: int, value: int, size: int) -> None:
@@ -95,33 +108,52 @@ class Uart:
                 self.send_pending = True
             self.ier = value & 0xF
         elif register == IIR:
-            self.fifo = bool(value & 1)
-            if value & 2:
-                self._received.clear()
-                self._refill()
+            self._control_fifo(value)
         elif register == LCR:
             self.lcr = value
         elif register == MCR:
-            self.mcr = value & 0x1F
+            self._control_modem(value & 0x1F)
         elif register == SCRATCH:
             self.scratch = value
         self._update()
 
     def _send(self, value: int) -> None:
         if self.mcr & LOOP:
-            if len(self._received) < self._room():
-                self._received.append(value)
-            else:
+            if len(self._received) >= self._room():
                 self.overrun = True
+                if not self.fifo:
+                    self._received[0] = value
+            else:
+                self._received.append(value)
         else:
             self._sink(bytes([value]))
+        self.send_pending = False
+        self._update()  # the line falls while the register is full
         self.send_pending = True
+
+    def _control_fifo(self, value: int) -> None:
+        on = bool(value & 1)
+        if on != self.fifo or value & 3 == 3:
+            self._received.clear()
+        if on:
+            self.trigger = TRIGGERS[value >> 6 & 3]
+        self.fifo = on
+        self._refill()
+
+    def _control_modem(self, value: int) -> None:
+        before = self._modem_status()
+        self.mcr = value
+        after = self._modem_status()
+        risen_ring = after & ~before & RING  # only its end is reported
+        self.modem_changes |= ((before ^ after) & ~risen_ring) >> 4
+        self._refill()
 
     def _room(self) -> int:
         return FIFO_SIZE if self.fifo else 1
 
     def _refill(self) -> None:
-        while self._waiting and len(self._received) < self._room():
+        cut_off = self.mcr & LOOP
+        while self._waiting and not cut_off and len(self._received) < self._room():
             self._received.append(self._waiting.popleft())
 
     def _modem_status(self) -> int:
@@ -133,22 +165,29 @@ class Uart:
 
     def _cause(self) -> int | None:
         if self.overrun and self.ier & LINE_INTERRUPT:
-            return 6
+            return LINE_ERROR
         if self._received and self.ier & RECEIVE_INTERRUPT:
-            return 4
+            full = not self.fifo or len(self._received) >= self.trigger
+            return RECEIVED if full else TIMEOUT
         if self.send_pending and self.ier & SEND_INTERRUPT:
-            return 2
+            return SENT
+        if self.modem_changes and self.ier & MODEM_INTERRUPT:
+            return MODEM_CHANGE
         return None
 
     def _identify(self) -> int:
         cause = self._cause()
-        if cause == 2:
+        if cause == SENT:
             self.send_pending = False
             self._update()
-        return (1 if cause is None else cause) | 0xC0 * self.fifo
+        return (NO_CAUSE if cause is None else cause) | 0xC0 * self.fifo
+
+    def _interrupts(self) -> bool:
+        # The pin of OUT2 opens the way to the bus; loop-back makes it inactive.
+        return self._cause() is not None and self.mcr & (OUT2 | LOOP) == OUT2
 
     def _update(self) -> None:
-        active = self._cause() is not None and bool(self.mcr & OUT2)
+        active = self._interrupts()
         if active != self._active:
             self._active = active
             self._line(active)
@@ -170,4 +209,4 @@ class Uart:
             assert isinstance(saved, list)
             queue.clear()
             queue.extend(saved)
-        self._active = self._cause() is not None and bool(self.mcr & OUT2)
+        self._active = self._interrupts()

@@ -117,15 +117,18 @@ class MemoryMap:
         """Put a device's registers into the region of devices around them.
 
         Raises:
-            CallerError: the range does not lie in one region of devices.
+            CallerError: the range does not lie in one window without a device.
         """
         region = self.find(start)
-        if region is None or region.kind is not RegionKind.MMIO or (
-            start + size > region.end
+        if (
+            region is None
+            or region.kind is not RegionKind.MMIO
+            or not isinstance(region.device, OpenBus)
+            or start + size > region.end
         ):
             raise CallerError(
                 f"no room for device registers [{start:#x}, {start + size:#x}): "
-                "expected inside a window where no memory answers"
+                "expected inside a window where nothing answers"
             )
         at = self.regions.index(region)
         parts = [

@@ -84,6 +84,97 @@ def test_a_window_without_a_device_reads_as_ones_and_takes_anything() -> None:
     assert hole.device.read(0x10, 3) == b"\xff\xff\xff"
 
 
+class Registers:
+    """A device that shows offsets."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes([offset & 0xFF]) * size
+
+    def write(self, offset: int, data: bytes) -> None:
+        raise AssertionError("nobody writes")
+
+
+def spans(memory_map: MemoryMap, start: int) -> list[tuple[int, int]]:
+    return [(r.start, r.end) for r in memory_map.regions if r.start >= start]
+
+
+def test_a_device_splits_the_window_around_it() -> None:
+    memory_map = MemoryMap.pc(2 * MIB)
+    device = Registers()
+    memory_map.attach(0xFEE0_0000, 0x1000, device)
+    assert spans(memory_map, 0xC000_0000) == [
+        (0xC000_0000, 0xFEE0_0000),
+        (0xFEE0_0000, 0xFEE0_1000),
+        (0xFEE0_1000, 0x1_0000_0000),
+    ]
+    found = [memory_map.find(pa) for pa in (0xFEDF_FFFF, 0xFEE0_0FFF, 0xFEE0_1000)]
+    assert [r is not None and r.device is device for r in found] == [False, True, False]
+    assert kind_at(memory_map, 0xFEE0_1000) is MMIO
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "pieces"),
+    [
+        (0xC000_0000, 0x1000, 2),
+        (0xFFFF_F000, 0x1000, 2),
+        (0xC000_0000, 0x4000_0000, 1),
+    ],
+)
+def test_a_device_at_an_edge_leaves_no_empty_region(
+    start: int, size: int, pieces: int
+) -> None:
+    memory_map = MemoryMap.pc(2 * MIB)
+    memory_map.attach(start, size, Registers())
+    assert len(spans(memory_map, 0xC000_0000)) == pieces
+    assert all(r.start < r.end for r in memory_map.regions)
+    assert memory_map.find(start) is memory_map.find(start + size - 1)
+
+
+def test_several_devices_share_a_window() -> None:
+    memory_map = MemoryMap.pc(2 * MIB)
+    starts = (0xFEE0_0000, 0xFEC0_0000, 0xFEE0_1000)
+    devices = {start: Registers() for start in starts}
+    for start, device in devices.items():
+        memory_map.attach(start, 0x1000, device)
+    for start, device in devices.items():
+        region = memory_map.find(start + 0x10)
+        assert region is not None
+        assert (region.start, region.end) == (start, start + 0x1000)
+        assert region.device is device
+
+
+@pytest.mark.parametrize(
+    ("start", "size"),
+    [
+        (0x10_0000, 0x1000),  # RAM
+        (0xF_0000, 0x1000),  # ROM
+        (0x200_0000, 0x1000),  # nothing
+        (0xFFFF_F000, 0x2000),  # over the end of the window
+        (0xE_F000, 0x2000),  # into the ROM
+        (0xBFFF_F000, 0x2000),  # begins before it
+        (-0x1000, 0x1000),
+    ],
+)
+def test_a_device_where_no_window_is_is_refused(start: int, size: int) -> None:
+    memory_map = MemoryMap.pc(2 * MIB)
+    before = list(memory_map.regions)
+    with pytest.raises(CallerError, match="no room for device registers"):
+        memory_map.attach(start, size, Registers())
+    assert memory_map.regions == before
+
+
+@pytest.mark.parametrize("start", [0xFEE0_0000, 0xFEE0_0800, 0xFEDF_F800])
+def test_a_device_over_another_is_refused(start: int) -> None:
+    memory_map = MemoryMap.pc(2 * MIB)
+    device = Registers()
+    memory_map.attach(0xFEE0_0000, 0x1000, device)
+    with pytest.raises(CallerError, match="where nothing answers"):
+        memory_map.attach(start, 0x1000, Registers())
+    region = memory_map.find(0xFEE0_0800)
+    assert region is not None
+    assert region.device is device
+
+
 def test_overlapping_regions_are_refused_with_both_names() -> None:
     with pytest.raises(CallerError) as refusal:
         MemoryMap([region(0x8000, 0x9001), region(0x9000, 0xA000, MMIO)])
