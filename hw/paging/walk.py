@@ -191,11 +191,14 @@ class PageWalker:
             self._enter_root(root)
         path = self._paths.get(va >> 21)
         if path is not None:
-            a, i, x, b, j, y, c, k, z, table, key, granted, executable = path
+            a, i, x, b, j, y, c, k, z, table, key, granted, executable, step = path
             if a[i] == x and b[j] == y and c[k] == z:
-                step, shift = self._last_step, PAGE_SHIFT
-                index = va >> 12 & INDEX_MASK
-                entry = table[index]
+                shift = step.shift
+                if table is None:  # z is the leaf itself
+                    index, entry = k, z
+                else:
+                    index = va >> 12 & INDEX_MASK
+                    entry = table[index]
             else:
                 path = None
         if path is None:
@@ -226,8 +229,8 @@ class PageWalker:
     ) -> tuple[int, int, int, int, int, _Step, int]:
         """Follow the pointers down to the entry that is no pointer.
 
-        Where four levels lead to a page table, the way there is remembered: the three
-        entries, where they were read, and what they grant.
+        With four levels the way is remembered: three entries, where they were read,
+        and what they grant. They lead to a page table, or the last is a large leaf.
 
         Returns:
             Its table's key, its index, the entry, the rights so far, the last step.
@@ -254,10 +257,16 @@ class PageWalker:
             granted &= entry
             pointers += (table, index, entry)
             key = entry & self._key_mask
-        if step is self._last_step and len(pointers) == 9:
-            path = (*pointers, table, key, granted, executable)
-            if None not in path:
+        if step is self._last_step:
+            if len(pointers) == 9 and table is not None and None not in pointers:
+                path = (*pointers, table, key, granted, executable, step)
                 self._paths[va >> 21] = path
+        elif 3 <= len(pointers) <= 6 and table is not None and None not in pointers:
+            # A large leaf stands where the third entry would, or second and third.
+            leaf = (table, index, entry)
+            pointers += leaf if len(pointers) == 6 else leaf * 2
+            path = (*pointers, None, key, granted, executable, step)
+            self._paths[va >> 21] = path
         return key, index, entry, granted, executable, step, shift
 
     def extend(
