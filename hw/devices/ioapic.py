@@ -7,6 +7,8 @@ they are driven high. Version 11h has no EOI register.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .lapic import FIXED, LOWEST_PRIORITY, LocalApic
 
 BASE, SIZE = 0xFEC0_0000, 0x1000
@@ -124,12 +126,16 @@ class IoApic:
             "lines": self._lines,
         }
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Set what `state` returned."""
-        entries = state["entries"]
-        assert isinstance(entries, list)
-        assert len(entries) == INPUTS
-        self._entries = [int(entry) for entry in entries]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what `state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: not what `state` returns.
+        """
+        entries = [int(entry) for entry in state["entries"]]
+        if len(entries) != INPUTS:
+            raise ValueError(f"{len(entries)} entries of an I/O APIC, not {INPUTS}")
+        self._entries = entries
         self._select, self._id, self._lines = (
-            int(str(state[key])) for key in ("select", "id", "lines")
+            int(state[key]) for key in ("select", "id", "lines")
         )

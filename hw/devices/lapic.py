@@ -3,12 +3,14 @@
 xAPIC at FEE0_0000. The timer counts an invented bus clock of 100 MHz. The other cores'
 interrupts (INIT, SIPI) have nobody to go to.
 
-Source: [APM2] chapter 16 (Advanced Programmable Interrupt Controller).
+Source: [APM2] chapter 16 (Advanced Programmable Interrupt Controller); that the error
+register has to be written before it is read: Intel SDM volume 3, 10.5.3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .clock import VirtualClock
 from .pic import Pic
@@ -79,6 +81,7 @@ class LocalApic:
         # After firmware: virtual wire, as boot loaders hand it over.
         self._registers[LVT_LINT0] = DELIVERY_EXTINT << 8
         self._isr = self._irr = self._tmr = 0
+        self._errors = 0  # since the ESR was written
         self._started: int | None = None
         self._timer = clock.timer(self._expired)
 
@@ -174,10 +177,9 @@ class LocalApic:
             self._started = self._clock.now if value else None
             self._schedule()
         elif index == DIVIDE:
-            self._registers[DIVIDE] = value & 0xB
-            self._schedule()
+            self._set_divide(value)
         elif index == ESR:
-            self._registers[ESR] = 0
+            self._registers[ESR], self._errors = self._errors, 0
         elif index == TPR:
             self._registers[TPR] = value & 0xFF
         elif index in (LDR, ICR_HIGH, ID):
@@ -199,7 +201,7 @@ class LocalApic:
         return True
 
     def _error(self, bit: int) -> None:
-        self._registers[ESR] |= bit
+        self._errors |= bit
         entry = self._registers[LVT_ERROR]
         if not entry & MASKED and entry & 0xFF >= 16:
             self.request(entry & 0xFF)
@@ -233,6 +235,15 @@ class LocalApic:
         code = self._registers[DIVIDE]
         shift = (code & 3 | code >> 1 & 4) + 1 & 7
         return 1 << shift
+
+    def _set_divide(self, code: int) -> None:
+        """Change the pace; the count goes on from where it stands."""
+        count = self._current_count()
+        self._registers[DIVIDE] = code & 0xB
+        if self._started is not None:
+            gone = self._registers[INITIAL_COUNT] - count
+            self._started = self._clock.now - self._count_ns(gone)
+        self._schedule()
 
     def _count_ns(self, counts: int) -> int:
         return -(-counts * self._divisor() * NANOSECONDS // BUS_HZ)
@@ -282,7 +293,8 @@ class LocalApic:
     def state(self) -> dict[str, object]:
         """Return the state, for JSON."""
         return {
-            "registers": sorted(self._registers.items()),
+            "registers": [list(item) for item in sorted(self._registers.items())],
+            "errors": self._errors,
             "isr": hex(self._isr),
             "irr": hex(self._irr),
             "tmr": hex(self._tmr),
@@ -290,16 +302,22 @@ class LocalApic:
             "timer": self._timer.when,
         }
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Set what `state` returned."""
-        registers, started, when = state["registers"], state["started"], state["timer"]
-        assert isinstance(registers, list)
-        assert started is None or isinstance(started, int)
-        self._registers = {int(index): int(value) for index, value in registers}
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what `state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: not what `state` returns.
+        """
+        registers = {int(index): int(value) for index, value in state["registers"]}
+        if registers.keys() != self._registers.keys():
+            raise ValueError(f"APIC registers {sorted(registers)} are not this APIC's")
+        self._registers = registers
+        self._errors = int(state["errors"])
         self._isr, self._irr, self._tmr = (
-            int(str(state[key]), 16) for key in ("isr", "irr", "tmr")
+            int(state[key], 16) for key in ("isr", "irr", "tmr")
         )
-        self._started = started
+        started, when = state["started"], state["timer"]
+        self._started = None if started is None else int(started)
         self._timer.disarm()
-        if isinstance(when, int):
-            self._timer.arm(when)
+        if when is not None:
+            self._timer.arm(int(when))

@@ -11,6 +11,7 @@ Source: Intel 8254 data sheet (231164); port 61h: IBM PC/AT technical reference.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .clock import VirtualClock
 
@@ -37,10 +38,9 @@ class Channel:
         loaded: a count was written since the control word.
     """
 
-    STATE = (
-        *("mode", "access", "reload", "start", "gate", "low", "latched"),
-        *("latched_status", "read_high", "write_high", "frozen", "loaded"),
-    )
+    NUMBERS = ("mode", "access", "reload", "low")
+    FLAGS = ("gate", "loaded", "read_high", "write_high")
+    OPTIONAL = ("start", "latched", "latched_status", "frozen")
 
     def __init__(self, clock: VirtualClock) -> None:
         self.mode, self.access, self.reload = 3, 3, 0x1_0000
@@ -228,22 +228,31 @@ class Pit:
         """Return the state, for JSON."""
         return {
             "channels": [
-                {key: getattr(channel, key) for key in Channel.STATE}
+                {
+                    key: getattr(channel, key)
+                    for key in Channel.NUMBERS + Channel.FLAGS + Channel.OPTIONAL
+                }
                 for channel in self.channels
             ],
             "speaker": self._speaker,
             "timer": self._timer.when,
         }
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Set what `state` returned."""
-        channels, speaker, when = state["channels"], state["speaker"], state["timer"]
-        assert isinstance(channels, list)
-        assert isinstance(speaker, int)
-        for channel, saved in zip(self.channels, channels, strict=True):
-            for key in Channel.STATE:
-                setattr(channel, key, saved[key])
-        self._speaker = speaker
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what `state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: not what `state` returns.
+        """
+        for channel, saved in zip(self.channels, state["channels"], strict=True):
+            for key in Channel.NUMBERS:
+                setattr(channel, key, int(saved[key]))
+            for key in Channel.FLAGS:
+                setattr(channel, key, bool(saved[key]))
+            for key in Channel.OPTIONAL:
+                value = saved[key]
+                setattr(channel, key, None if value is None else int(value))
+        self._speaker = int(state["speaker"])
         self._timer.disarm()
-        if isinstance(when, int):
-            self._timer.arm(when)
+        if state["timer"] is not None:
+            self._timer.arm(int(state["timer"]))

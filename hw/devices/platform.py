@@ -106,20 +106,27 @@ class Platform:
             self.ports.attach(first, last, device)
 
     def state(self) -> dict[str, Any]:
-        """Return the state of all devices, for JSON."""
-        return {"now": self.clock.now} | {
-            name: getattr(self, name).state() for name in _STATEFUL
+        """Return the state of all devices, for JSON, and what the guest asked for."""
+        request = self.request
+        return {
+            "now": self.clock.now,
+            "request": list(request) if isinstance(request, tuple) else request,
+            **{name: getattr(self, name).state() for name in _STATEFUL},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set what `state` returned, on a platform that has not run.
 
+        Nothing is asked for again; an interrupt that waits is announced.
+
         Raises:
-            KeyError, TypeError, ValueError, AssertionError: not what `state` returns.
+            KeyError, TypeError, ValueError: not what `state` returns.
         """
+        self.request = _request(state["request"])
         self.clock.now = int(state["now"])
         for name in _STATEFUL:
             getattr(self, name).restore(state[name])
+        self._changed()
 
     def _set_irq(self, irq: int, high: bool) -> None:
         """Drive an interrupt line: it leads to both controllers."""
@@ -133,6 +140,15 @@ class Platform:
     def _changed(self) -> None:
         if self.lapic.pending:
             self.interrupts.on_change()
+
+
+def _request(saved: Any) -> str | tuple[str, int] | None:
+    match saved:
+        case None | "shutdown" | "reset":
+            return str(saved) if saved else None
+        case ["exit", int(code)]:
+            return "exit", code
+    raise ValueError(f"nothing that a guest asks for: {saved!r}")
 
 
 _STATEFUL = (

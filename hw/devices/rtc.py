@@ -10,6 +10,7 @@ Source: Motorola MC146818A data sheet; memory sizes: PC firmware's use of bytes 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from ..memory import MemoryMap
 from .clock import VirtualClock
@@ -108,10 +109,14 @@ class Rtc:
             "epoch": self._epoch,
         }
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Set what `state` returned."""
-        index, epoch = state["index"], state["epoch"]
-        assert isinstance(index, int)
-        assert isinstance(epoch, int)
-        self._index, self._epoch = index, epoch
-        self._cells[:] = bytes.fromhex(str(state["cells"]))
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what `state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: not what `state` returns.
+        """
+        cells = bytearray.fromhex(state["cells"])
+        if len(cells) != len(self._cells):
+            raise ValueError(f"{len(cells)} CMOS cells, not {len(self._cells)}")
+        self._index, self._epoch = int(state["index"]), int(state["epoch"])
+        self._cells = cells

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 COM1, COM1_IRQ = 0x3F8, 4
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCRATCH = range(8)
@@ -200,13 +201,14 @@ class Uart:
             "waiting": list(self._waiting),
         }
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Set what `state` returned."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what `state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: not what `state` returns.
+        """
         for key in self.STATE:
-            setattr(self, key, state[key])
-        for name, queue in (("received", self._received), ("waiting", self._waiting)):
-            saved = state[name]
-            assert isinstance(saved, list)
-            queue.clear()
-            queue.extend(saved)
+            setattr(self, key, type(getattr(self, key))(state[key]))
+        self._received = deque(bytes(state["received"]))
+        self._waiting = deque(bytes(state["waiting"]))
         self._active = self._interrupts()

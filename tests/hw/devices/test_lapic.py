@@ -211,6 +211,21 @@ def test_a_timer_that_has_run_out_stays_out_in_any_mode(core: Core) -> None:
     assert (core.read(CURRENT), core.clock.next_deadline) == (0, NEVER)
 
 
+@pytest.mark.parametrize("periodic", [0, PERIODIC])
+def test_another_divisor_goes_on_from_the_count(core: Core, periodic: int) -> None:
+    core.write(TIMER, periodic | 0x40)
+    core.write(DIVIDE, 0b1011)  # by 1
+    core.write(INITIAL, 1000)
+    core.pass_counts(400)
+    core.write(DIVIDE, 0b0001)  # by 4
+    assert core.read(CURRENT) == 600
+    core.pass_counts(599, divisor=4)
+    assert (core.read(CURRENT), core.take_all()) == (1, [])
+    core.pass_counts(1, divisor=4)
+    assert core.take_all() == [0x40]
+    assert core.read(CURRENT) == (1000 if periodic else 0)
+
+
 def test_a_masked_timer_counts_without_a_word(core: Core) -> None:
     core.write(TIMER, MASKED | PERIODIC | 0xEC)
     core.write(DIVIDE, 0xB)
@@ -319,12 +334,24 @@ def test_cluster_destinations_name_cluster_and_core(core: Core) -> None:
         assert bool(core.take_all()) is heard
 
 
-def test_vectors_below_16_are_errors_until_esr_is_written(core: Core) -> None:
+def test_vectors_below_16_are_errors(core: Core) -> None:
     core.write(ERROR, 0xFE)
     core.apic.request(15)
     core.write(ICR, SELF | 3)
-    assert core.read(ESR) == 0x60
     assert core.take_all() == [0xFE]
+    core.write(ESR, 0)
+    assert core.read(ESR) == 0x60
+
+
+def test_a_write_shows_the_errors_since_the_last_and_two_clear_them(core: Core) -> None:
+    # Intel SDM volume 3, 10.5.3: write before reading; back-to-back writes clear.
+    core.write(ICR, SELF | 3)
+    assert core.read(ESR) == 0, "not yet"
+    core.write(ESR, 0)
+    core.apic.request(15)
+    assert core.read(ESR) == 0x20
+    core.write(ESR, 0)
+    assert core.read(ESR) == 0x40
     core.write(ESR, 0)
     assert core.read(ESR) == 0
 
