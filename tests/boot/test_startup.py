@@ -9,8 +9,8 @@ from cbit.boot.startup import (
     Booted,
     Stage,
     early_detect_mem_encrypt,
-    switch_to_kernel_tables,
     set_up_efer,
+    switch_to_kernel_tables,
 )
 from cbit.hw.cpuid import CpuModel
 from cbit.hw.faults import PageFault
