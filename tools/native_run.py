@@ -175,7 +175,7 @@ def prepare(
         show: receives the console as it appears.
 
     Raises:
-        CallerError: an unknown model, an impossible RAM size, a bad pattern.
+        CallerError: an unknown model, an impossible RAM size.
         InputError: a file is not what it should be.
         KernelError: the loader refuses.
         OSError: a file cannot be read.
@@ -237,10 +237,7 @@ def assemble(
     """Put platform and native core onto a machine; no code is loaded yet."""
     pattern = None
     if request.until is not None:
-        try:
-            pattern = re.compile(request.until.encode(), re.MULTILINE)
-        except re.error as wrong:
-            raise CallerError(f"--until {request.until!r}: {wrong}") from None
+        pattern = re.compile(request.until.encode(), re.MULTILINE)
     runs: list[NativeRun] = []
     platform = Platform(machine.map, console=lambda data: runs[0].take_console(data))
     core = NativeCore(machine, platform, wall_clock=request.wall_clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import ExitStack
 from typing import Any
@@ -137,6 +138,10 @@ def _check_misuse(
         raise click.UsageError("--pass-cbit goes with --elf")
     if events is not None and trace is None:
         raise click.UsageError("--events goes with --trace")
+    try:
+        re.compile(request.until or "")
+    except re.error as wrong:
+        raise click.UsageError(f"--until {request.until!r}: {wrong}") from None
     if interactive and as_json:
         raise click.UsageError("--interactive and --json exclude each other")
 
