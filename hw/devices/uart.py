@@ -209,6 +209,6 @@ class Uart:
         """
         for key in self.STATE:
             setattr(self, key, type(getattr(self, key))(state[key]))
-        self._received = deque(bytes(state["received"]))
-        self._waiting = deque(bytes(state["waiting"]))
+        self._received = deque(bytes(list(state["received"])))
+        self._waiting = deque(bytes(list(state["waiting"])))
         self._active = self._interrupts()

@@ -166,9 +166,10 @@ def test_a_state_with_any_one_value_of_a_wrong_kind_is_refused() -> None:
         inner = damaged
         for key in way[:-1]:
             inner = inner[key]
-        if isinstance(inner[way[-1]], bool):
+        value = inner[way[-1]]
+        if isinstance(value, bool):
             continue  # anything is true or false
-        inner[way[-1]] = ["no"]
+        inner[way[-1]] = 7 if isinstance(value, list | dict) else ["no"]
         with pytest.raises((KeyError, TypeError, ValueError)):
             Pc().platform.restore(damaged)
 
