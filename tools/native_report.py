@@ -46,6 +46,11 @@ def fault_report(
     lines += [f"  {text}" for text in core.reader.text(rip, INSTRUCTIONS)]
     lines.append("stack:")
     lines += [f"  {text}" for text in _stack(core, symbols)]
+    lines.append("last exits and exceptions, with the RIP of each (of its handler):")
+    lines += [
+        f"  {rip:#018x} {what} {symbols.name(rip)}".rstrip()
+        for what, rip in core.exits.recent
+    ]
     lines.append("last events:")
     shown = [f"  {event.as_json()}" for event in events]
     lines += shown or ["  (none kept: run with --trace)"]

@@ -561,6 +561,8 @@ class NativeCore:
     def _noted(self, vector: int, error_code: int | None) -> None:
         if vector < 32:
             self.exceptions[vector] += 1
+            code = "" if error_code is None else f"({error_code:#x})"
+            self.exits.recent.append((f"vector {vector}{code}", self.state.rip))
 
     def _platform_request(self) -> None:
         request = self.platform.request

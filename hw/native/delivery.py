@@ -106,10 +106,15 @@ class Delivery:
         if isinstance(fault, PageFault):
             self._cpu.note_page_fault(fault)
             self._state.set_cr(2, fault.address)
-        self.deliver(fault.vector, fault.error_code)
+        self.deliver(fault.vector, fault.error_code, because=str(fault))
 
     def deliver(
-        self, vector: int, error_code: int | None = None, *, software: int = 0
+        self,
+        vector: int,
+        error_code: int | None = None,
+        *,
+        software: int = 0,
+        because: str = "",
     ) -> None:
         """Enter the handler of a vector.
 
@@ -119,11 +124,12 @@ class Delivery:
             software: length in bytes of the INT n that RIP stands behind; 0 for other
                 events. INT n needs a gate with DPL >= CPL, or it is the instruction
                 that faults.
+            because: what happened, in words, should it end in a triple fault.
 
         Raises:
             TripleFault: nor could the double fault be delivered.
         """
-        first = f"vector {vector} at rip {self._state.rip:#x}"
+        first = f"{because or f'vector {vector}'}, at rip {self._state.rip:#x}"
         for _ in range(LONGEST_CHAIN):
             try:
                 self._enter(vector, error_code, bool(software))

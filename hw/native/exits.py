@@ -9,7 +9,7 @@ Source: [APM2] appendix C (exit codes); [APM3] for the instructions.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 
@@ -48,6 +48,28 @@ ENGINE_OWNED = frozenset({FS_BASE, GS_BASE, KERNEL_GS_BASE})
 """The engine's SWAPGS and segment loads change them: it holds the truth."""
 
 _U32 = 0xFFFF_FFFF
+
+KEPT = 16
+"""Exits and exceptions that are remembered for a report."""
+
+NAMES = {
+    READ_CR8: "MOV from CR8",
+    WRITE_CR0: "MOV to CR0",
+    WRITE_CR3: "MOV to CR3",
+    WRITE_CR4: "MOV to CR4",
+    WRITE_CR8: "MOV to CR8",
+    INTR: "interrupt",
+    RDTSC: "RDTSC",
+    RDPMC: "RDPMC",
+    CPUID: "CPUID",
+    INVD: "INVD",
+    HLT: "HLT",
+    INVLPG: "INVLPG",
+    MSR: "RDMSR or WRMSR",
+    WBINVD: "WBINVD",
+    MONITOR: "MONITOR",
+    MWAIT: "MWAIT",
+}
 _PG = Cr0.FIELDS["paging"].mask
 _PGE = Cr4.FIELDS["pge"].mask
 
@@ -63,6 +85,7 @@ class Exits:
 
     Attributes:
         counts: how often each exit code came.
+        recent: the last exits and delivered exceptions: name and RIP.
         msr_reads, msr_writes: by MSR.
     """
 
@@ -80,6 +103,7 @@ class Exits:
         task_priority: Callable[[int | None], int],
     ) -> None:
         self.counts: Counter[int] = Counter()
+        self.recent: deque[tuple[str, int]] = deque(maxlen=KEPT)
         self.msr_reads: Counter[int] = Counter()
         self.msr_writes: Counter[int] = Counter()
         self._engine = engine
@@ -120,6 +144,7 @@ class Exits:
             NativeFailure: an exit that was not asked for.
         """
         self.counts[code] += 1
+        self.recent.append((NAMES.get(code, "exit"), self._state.rip))
         handler = self._handlers.get(code)
         if handler is None:
             raise NativeFailure(f"exit code {code:#x}: not asked for")
