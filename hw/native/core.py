@@ -25,7 +25,6 @@ from ..faults import CpuException, InvalidOpcode, PageFault, PageFaultCode
 from ..machine import Machine
 from ..msr import Efer
 from ..types import PAGE_SHIFT
-from .block_clock import BlockClock
 from .bulk import Bulk
 from .delivery import AC, IF, WITH_ERROR_CODE, Delivery, TripleFault
 from .engine import (
@@ -52,6 +51,7 @@ from .exits import (
     Exits,
 )
 from .fill import NativeFailure, TlbFiller
+from .guest_time import GuestTime
 from .instruction import InstructionReader
 from .memory import NativeMemory
 from .state import GDTR, LDTR, R11, RCX, RFLAGS_RF, SS, TR, EngineState
@@ -62,20 +62,9 @@ TSC_HZ = 1_000_000_000
 PORT_ACCESS_NS = 1_000
 """An access to an ISA port takes about a microsecond."""
 
-SHORTEST_TSC_NS, LONGEST_TSC_NS = 16, 2_048
-"""What reading the time-stamp counter costs, first and at most."""
-
-POLLING_NS = 64
-"""Two readings with no more code than this between them are a delay loop."""
-
-LONGEST_SLICE_NS = 4_000_000
-"""How long code may run before the host is looked at: time-out, input, signals."""
-
 SYSCALL_LENGTH = 2
 
 CODE_64 = 0x00AF_9B00_0000_FFFF
-LONGEST_NAP = 0.05
-"""Seconds that HLT sleeps at a time when time is the host's."""
 _NEVER = 1 << 62
 
 
@@ -127,12 +116,8 @@ class NativeCore:
         self.before_idle: Callable[[int], None] = lambda nanoseconds: None
         self._stop: Stop | None = None
         self._failure: BaseException | None = None
-        self._skipped = 0
-        self._slice_end = 0
         self._host_deadline = float("inf")
-        self._tsc_read, self._tsc_cost = 0, SHORTEST_TSC_NS
         self._between_blocks = self._stopped_at_block = False
-        self._host_start = time.monotonic_ns() if wall_clock else None
 
         cpu = machine.cpu
         self._cpu = cpu
@@ -141,6 +126,15 @@ class NativeCore:
         self.memory = NativeMemory(self.engine, machine)
         for c_bit in (False, True):
             self.memory.add_slot(machine.controller.slot_for(c_bit))
+        self.time = GuestTime(
+            self.engine,
+            platform.clock,
+            self._guarded(self._slice_over),
+            wall_clock=wall_clock,
+        )
+        self.block_clock = self.time.block_clock
+        self.memory.before_device = self.time.sync
+        self.memory.after_store = self.time.shorten_slice
         self._bulk = Bulk(self.state, cpu, self.memory.ram)
         self.filler = TlbFiller(
             self.engine, self.state, self.memory, cpu, machine.caches, self._bulk
@@ -158,10 +152,9 @@ class NativeCore:
             self.reader,
             halt=self._halt,
             interrupt=self._take_interrupt,
-            tsc=self._read_tsc,
+            tsc=self.time.read_tsc,
             task_priority=self._task_priority,
         )
-        self.block_clock = BlockClock(self.engine, self._guarded(self._slice_over))
         self._install_hooks()
         for index in sorted(ENGINE_OWNED):
             self.exits.own_msr(index)
@@ -208,11 +201,11 @@ class NativeCore:
         )
         # What fills ask for is in the access: CPL and AC of each moment.
         self._cpu.enter_privilege(0, alignment_check=False)
-        self._new_slice()
+        self.time.new_slice()
         try:
             return self._run()
         finally:
-            self._sync_clock()
+            self.time.sync()
             self._hand_back()
 
     def _run(self) -> Stop:
@@ -257,13 +250,7 @@ class NativeCore:
         self._forget_accesses()
         return {
             "state": self.state.save().hex(),
-            "time": [
-                self._skipped,
-                self.block_clock.total,
-                self._tsc_read,
-                self._tsc_cost,
-            ],
-            "tsc": [self._tsc_read, self._tsc_cost],
+            "time": self.time.state(),
             "interrupts": self.interrupts,
             "exceptions": sorted(self.exceptions.items()),
         }
@@ -275,10 +262,7 @@ class NativeCore:
             EngineError, KeyError, TypeError, ValueError: not what `save` returns.
         """
         self.state.restore(bytes.fromhex(saved["state"]))
-        skipped, executed, tsc_read, tsc_cost = map(int, saved["time"])
-        self._skipped, self.block_clock.executed = skipped, executed
-        self._tsc_read, self._tsc_cost = tsc_read, tsc_cost
-        self._tsc_read, self._tsc_cost = map(int, saved["tsc"])
+        self.time.restore(saved["time"])
         self.interrupts = int(saved["interrupts"])
         self.exceptions = Counter({int(v): int(n) for v, n in saved["exceptions"]})
         self._forget_accesses()
@@ -440,7 +424,7 @@ class NativeCore:
         state.rip = msrs.read(LSTAR) - SYSCALL_LENGTH  # the engine adds the length
 
     def _port_in(self, _uc: Any, port: int, size: int, _user: Any) -> int:
-        self._sync_clock()
+        self.time.sync()
         if self.state.cpl and not self._io_allowed():
             return (1 << 8 * size) - 1
         value = self.platform.ports.read(port, size)
@@ -448,69 +432,31 @@ class NativeCore:
         return value
 
     def _port_out(self, _uc: Any, port: int, size: int, value: int, _user: Any) -> None:
-        self._sync_clock()
+        self.time.sync()
         if self.state.cpl and not self._io_allowed():
             return
         self.platform.ports.write(port, value, size)
         self.block_clock.charge(PORT_ACCESS_NS)
-        self._shorten_slice()
+        self.time.shorten_slice()
 
     def _io_allowed(self) -> bool:
         return self.state.system_flags >> 12 & 3 == 3
 
     # Time
 
-    def _sync_clock(self) -> int:
-        clock = self.platform.clock
-        if self._host_start is not None:
-            now = self._skipped + time.monotonic_ns() - self._host_start
-        else:
-            now = self._skipped + self.block_clock.now
-        if now >= clock.next_deadline:
-            clock.advance_to(now)
-        else:
-            clock.now = now
-        return now
-
-    def _shorten_slice(self) -> None:
-        if self.platform.clock.next_deadline < self._slice_end:
-            self._new_slice()
-
-    def _new_slice(self) -> None:
-        clock = self.platform.clock
-        length = min(max(clock.next_deadline - clock.now, 1), LONGEST_SLICE_NS)
-        self._slice_end = clock.now + length
-        self.block_clock.start_slice(length)
-
     def _slice_over(self) -> None:
-        self._sync_clock()
+        self.time.sync()
         self._look_at_host()
-        self._new_slice()
+        self.time.new_slice()
 
     def _look_at_host(self) -> None:
         if time.monotonic() > self._host_deadline:
             self._end(Stop(Ending.TIMEOUT, "time is up"))
         self.every_slice()
 
-    def _read_tsc(self) -> int:
-        """Return the counter; a guest that does nothing but poll it waits faster.
-
-        Delay loops read the counter until enough time has gone by. Each reading that
-        follows another at once takes twice as long, up to a limit that still is exact
-        enough for them.
-        """
-        now = self._sync_clock()
-        if now - self._tsc_read < POLLING_NS + self._tsc_cost:
-            self._tsc_cost = min(2 * self._tsc_cost, LONGEST_TSC_NS)
-        else:
-            self._tsc_cost = SHORTEST_TSC_NS
-        self._tsc_read = now
-        self.block_clock.charge(self._tsc_cost)
-        return now
-
     def _halt(self) -> None:
         """HLT: jump to the next timer until something interrupts."""
-        self._sync_clock()
+        self.time.sync()
         platform = self.platform
         clock = platform.clock
         if not self.state.system_flags & IF:
@@ -525,14 +471,8 @@ class NativeCore:
             if clock.next_deadline >= _NEVER:
                 self._end(Stop(Ending.HALTED, "HLT, and no timer is armed"))
                 return
-            if self._host_start is not None:
-                time.sleep(min(wait / 1e9, LONGEST_NAP))
-                self._sync_clock()
-            else:
-                now = clock.next_deadline
-                self._skipped = now - self.block_clock.now
-                clock.advance_to(now)
-        self._new_slice()
+            self.time.skip_to_next_timer()
+        self.time.new_slice()
 
     # Interrupts
 
@@ -543,7 +483,7 @@ class NativeCore:
     def _take_interrupt(self) -> None:
         interrupts = self.platform.interrupts
         self.state.lower_interrupt_line()
-        self._sync_clock()
+        self.time.sync()
         if interrupts.pending:
             vector = interrupts.acknowledge()
             self.interrupts += 1

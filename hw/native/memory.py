@@ -12,6 +12,7 @@ ones are read, as on a real bus.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class NativeMemory:
     Attributes:
         ram: page ranges [first, end) of RAM.
         unpopulated: stores to addresses where nothing answers.
+        before_device, after_store: called around an access to a device.
         line_words: per slot, the valid and the dirty words of its pages.
     """
 
@@ -57,6 +59,8 @@ class NativeMemory:
             (region.start >> PAGE_SHIFT, region.end >> PAGE_SHIFT)
             for region in machine.map.ram()
         ]
+        self.before_device: Callable[[], object] = lambda: None
+        self.after_store: Callable[[], object] = lambda: None
         self._engine = engine
         self._slots: set[int] = set()
         self.line_words: dict[int, tuple[memoryview, memoryview]] = {}
@@ -110,12 +114,15 @@ class NativeMemory:
         bus, start = self.machine.bus, region.start
 
         def read(_uc: Any, offset: int, size: int, _user: Any) -> int:
+            self.before_device()
             data = bus.load(start + offset, size, slot)
             return int.from_bytes(data, "little")
 
         def write(_uc: Any, offset: int, size: int, value: int, _user: Any) -> None:
             mask = (1 << 8 * size) - 1
+            self.before_device()
             bus.store(start + offset, (value & mask).to_bytes(size, "little"), slot)
+            self.after_store()
 
         return read, write
 

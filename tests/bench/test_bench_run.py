@@ -7,6 +7,7 @@ comes from the system (`apt-get install qemu-system-x86`); without it these fail
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def seconds_until(command: list[str], words: bytes) -> float:
         assert process.stdout is not None
         said = b""
         while words not in said:
-            data = process.stdout.read1(1 << 16)
+            data = os.read(process.stdout.fileno(), 1 << 16)
             assert data, f"{command[0]} ended early: {said[-500:]!r}"
             said = said[-200:] + data
         taken = time.perf_counter() - start

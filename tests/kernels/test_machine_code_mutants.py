@@ -13,6 +13,7 @@ from cbit.hw import Machine
 from cbit.hw.devices import Platform
 from cbit.hw.models import load_model
 from cbit.hw.native import Ending, NativeCore, Stop, engine_model
+from cbit.hw.types import PhysAddr
 from cbit.tools.boot_run import firmware_memory_map
 
 from .conftest import COHERENT, INCOHERENT
@@ -85,7 +86,8 @@ def test_without_the_c_bit_in_cr3_the_tables_are_garbage(
     # startup_64: ADDQ $(early_top_pgt - __START_KERNEL_map), RAX behind the call that
     # returned the mask. Without the mask the tables, encrypted in place, read as noise.
     image = load_image(real_kernel_path)
-    text = image.plain_bytes(image.layout.text_start, image.layout.text_start + 0x400)
+    start = image.layout.text_start
+    text = image.plain_bytes(start, PhysAddr(start + 0x400))
     at = text.index(b"\x48\x05")  # ADD RAX, imm32
     imm = text[at + 2 : at + 6]
     changed = b"\xb8" + imm + b"\x90"  # MOV EAX, imm32; NOP
