@@ -83,6 +83,7 @@ class Guest:
         coherent: as for `Machine`; None takes the model's word.
         cr4: bits beside PAE, PGE and OSFXSR.
         five_levels: LA57.
+        smee, hazards: as for `Machine`.
         machine: one that is set up already, with its own tables.
 
     Attributes:
@@ -98,11 +99,18 @@ class Guest:
         seed: int = 1,
         cr4: int = 0,
         five_levels: bool = False,
+        smee: bool = True,
+        hazards: str = "record",
         machine: Machine | None = None,
     ) -> None:
         fresh = machine is None
         self.machine = machine or Machine(
-            engine_model(load_model(model)), ram=32 << 20, coherent=coherent, seed=seed
+            engine_model(load_model(model)),
+            ram=32 << 20,
+            coherent=coherent,
+            seed=seed,
+            smee=smee,
+            hazards=hazards,
         )
         self.cpu = self.machine.cpu
         self.c = 1 << self.machine.model.memory_encryption.c_bit
