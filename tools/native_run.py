@@ -23,7 +23,7 @@ from ..hw.memory import SLOT_NONE
 from ..hw.models import DEFAULT_MODEL, load_model
 from ..hw.native import Ending, NativeCore, Stop, engine_model
 from ..hw.psp import RandomSource
-from ..hw.trace import Event
+from ..hw.trace import KINDS, Event
 from .boot_run import firmware_memory_map, read_initrd
 from .native_report import fault_report
 from .symbols import Symbols
@@ -163,7 +163,7 @@ def prepare(
     request: RunRequest,
     *,
     on_event: Callable[[Event], None] | None = None,
-    kinds: frozenset[str] | None = None,
+    kinds: frozenset[str] = KINDS,
     show: Callable[[bytes], None] = lambda data: None,
 ) -> NativeRun:
     """Build the machine and load the code.
@@ -171,7 +171,6 @@ def prepare(
     Args:
         request: what was asked for.
         on_event: receives the events of `kinds`; None leaves the trace off.
-        kinds: None for all.
         show: receives the console as it appears.
 
     Raises:
@@ -192,10 +191,7 @@ def prepare(
         seed=request.seed,
     )
     if on_event is not None:
-        if kinds is None:
-            machine.trace.listen(on_event)
-        else:
-            machine.trace.listen(on_event, kinds)
+        machine.trace.listen(on_event, kinds)
     if request.program is not None:
         from ..boot.program import load_program
 

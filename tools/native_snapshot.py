@@ -21,7 +21,7 @@ def resume(
     path: str,
     request: RunRequest,
     on_event: Callable[[Event], None] | None,
-    kinds: frozenset[str] | None,
+    kinds: frozenset[str],
     show: Callable[[bytes], None],
 ) -> NativeRun:
     """Build the run that a snapshot holds.
@@ -38,10 +38,7 @@ def resume(
             f"{path}: holds no machine code's state; expected a snapshot of `cbit run`"
         )
     if on_event is not None:
-        if kinds is None:
-            machine.trace.listen(on_event)
-        else:
-            machine.trace.listen(on_event, kinds)
+        machine.trace.listen(on_event, kinds)
     run = assemble(request, machine, show)
     try:
         run.platform.restore(platform)

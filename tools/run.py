@@ -146,9 +146,9 @@ def _check_misuse(
         raise click.UsageError("--interactive and --json exclude each other")
 
 
-def _kinds(events: str | None) -> frozenset[str] | None:
+def _kinds(events: str | None) -> frozenset[str]:
     if events is None:
-        return None
+        return KINDS
     kinds = frozenset(name.strip() for name in events.split(","))
     if unknown := sorted(kinds - KINDS):
         known = ", ".join(sorted(KINDS))

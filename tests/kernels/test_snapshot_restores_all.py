@@ -10,6 +10,7 @@ import pytest
 
 from cbit.hw.errors import InputError
 from cbit.hw.snapshot import save_snapshot
+from cbit.hw.trace import KINDS
 from cbit.tools.native_run import NativeRun, RunRequest, execute, prepare
 from cbit.tools.native_snapshot import resume, save
 
@@ -32,7 +33,7 @@ def test_everything_comes_back(stopped: NativeRun, tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     with path.open("wb") as file:
         save(stopped, file)
-    again = resume(str(path), RunRequest(), None, None, lambda data: None)
+    again = resume(str(path), RunRequest(), None, KINDS, lambda data: None)
     old, new = stopped.machine, again.machine
     for (at, cells), (also_at, also) in zip(
         old.dram.extents(), new.dram.extents(), strict=True
@@ -58,7 +59,7 @@ def test_a_snapshot_without_a_processor_is_refused(
     with path.open("wb") as file:
         save_snapshot(file, stopped.machine)
     with pytest.raises(InputError, match="no machine code's state"):
-        resume(str(path), RunRequest(), None, None, lambda data: None)
+        resume(str(path), RunRequest(), None, KINDS, lambda data: None)
 
 
 def test_a_damaged_snapshot_is_refused(stopped: NativeRun, tmp_path: Path) -> None:
@@ -70,8 +71,8 @@ def test_a_damaged_snapshot_is_refused(stopped: NativeRun, tmp_path: Path) -> No
         data[at] ^= 1
         path.write_bytes(data)
         with pytest.raises(InputError):
-            resume(str(path), RunRequest(), None, None, lambda data: None)
+            resume(str(path), RunRequest(), None, KINDS, lambda data: None)
         data[at] ^= 1
     path.write_bytes(data[: len(data) // 3])
     with pytest.raises(InputError):
-        resume(str(path), RunRequest(), None, None, lambda data: None)
+        resume(str(path), RunRequest(), None, KINDS, lambda data: None)
