@@ -15,6 +15,15 @@ def test_a_callback_sees_its_own_moment() -> None:
     assert (seen, clock.now, clock.next_deadline) == ([10, 20], 25, 30)
 
 
+def test_a_timer_that_has_fired_is_armed_no_more() -> None:
+    clock = VirtualClock()
+    timer = clock.timer(lambda: None)
+    timer.arm(4)
+    assert timer.when == 4
+    clock.advance_to(4)
+    assert timer.when is None
+
+
 def test_equal_deadlines_fire_in_the_order_they_were_armed() -> None:
     clock = VirtualClock()
     seen: list[str] = []

@@ -37,7 +37,8 @@ def test_the_header_names_a_host_bridge_of_amd() -> None:
     assert configuration(pci, 0x00, 0, 4) == 0x1450_1022
     assert configuration(pci, 0x00, 0, 2) == 0x1022
     assert configuration(pci, 0x00, 2, 2) == 0x1450
-    assert configuration(pci, 0x08, 2, 2) == 0x0600  # class code
+    assert configuration(pci, 0x08, 0, 4) == 0x0600_0000  # class code, revision 0
+    assert configuration(pci, 0x08, 2, 2) == 0x0600
     assert configuration(pci, 0x08, 3, 1) == 0x06
     assert configuration(pci, 0x0C, 2, 1) == 0  # header type 0, one function
 

@@ -107,6 +107,23 @@ def test_icw1_clears_the_mask_and_wants_edges_again() -> None:
     assert pic.pending
 
 
+def test_icw1_takes_back_what_was_chosen_before() -> None:
+    # Data sheet, ICW1: IR7 is the lowest, special mask mode is off, status reads IRR;
+    # without IC4 all functions of ICW4 are off.
+    pic = programmed(icw4=0x13)
+    out(pic, MASTER, 0xC0 | 3, 0x80, 0x68, 0x0F)
+    out(pic, MASTER, 0x10)
+    out(pic, MASTER + 1, 0x30, 4, 0)
+    raise_lines(pic, 1, 6)
+    assert pic.read_port(MASTER, 1) == 0b100_0010
+    assert pic.acknowledge() == 0x31
+    assert in_service(pic) == 0b10
+    out(pic, MASTER + 1, 0b10)
+    assert not pic.pending  # 1 is masked and in service, and holds 6 back
+    pic.set_line(8, True)
+    assert not pic.pending
+
+
 def test_without_ic4_and_with_sngl_icw2_is_the_last_word() -> None:
     pic = Pic(lambda: None)
     out(pic, MASTER, 0x12)
@@ -281,8 +298,25 @@ def test_a_poll_answers_once_and_takes_the_request() -> None:
     out(pic, MASTER, 0x0C)
     assert pic.read_port(MASTER, 1) == 0x85
     assert in_service(pic) == 0b10_0000
+    raise_lines(pic, 6)
     out(pic, MASTER, 0x0C)
-    assert pic.read_port(MASTER, 1) & 0x80 == 0
+    assert pic.read_port(MASTER, 1) & 0x80 == 0  # 5 is in service
+    out(pic, MASTER, 0x0A)
+    assert pic.read_port(MASTER, 1) == 0b100_0000
+    out(pic, MASTER, EOI)
+    out(pic, MASTER, 0x0C)
+    assert pic.read_port(MASTER, 1) == 0x86
+    raise_lines(pic, 7)
+    assert pic.read_port(MASTER, 1) == 0b1000_0000  # no poll: IRR
+
+
+def test_a_poll_of_the_slave_lowers_its_output() -> None:
+    pic = programmed()
+    raise_lines(pic, 9)
+    assert pic.pending
+    out(pic, SLAVE, 0x0C)
+    assert pic.read_port(SLAVE, 1) == 0x81
+    assert not pic.pending
 
 
 def test_edges_a_line_that_stays_high_asks_once() -> None:

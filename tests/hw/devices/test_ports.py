@@ -16,6 +16,16 @@ def test_reads_and_writes_reach_the_device_with_port_and_size() -> None:
     assert not ports.unclaimed
 
 
+def test_a_device_answers_from_its_first_port_to_its_last() -> None:
+    ports = PortSpace()
+    ports.attach(0, 1, Sink())
+    ports.attach(2, 2, Sink())
+    ports.attach(0xFFFE, 0xFFFF, Sink())
+    answers = [ports.read(port, 1) for port in (0, 1, 2, 3, 0xFFFD, 0xFFFE)]
+    assert answers == [0, 1, 2, 0xFF, 0xFF, 0xFE]
+    assert ports.unclaimed == {3: 1, 0xFFFD: 1}
+
+
 @pytest.mark.parametrize(("first", "last"), [(0x10, 0x10), (0xE, 0x10), (0x13, 0x20)])
 def test_an_overlap_is_refused_with_the_port(first: int, last: int) -> None:
     ports = PortSpace()
