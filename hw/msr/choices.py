@@ -57,8 +57,9 @@ MTRR_WIDTH_REDUCED = False
 in the variable MTRRs too, as [APM2] 7.10.1 has it for page tables. False: they keep the
 width of CPUID 8000_0008.
 
-Linux 6.1 computes masks with the full width (kernel/cpu/mtrr/mtrr.c, mtrr_bp_init()),
-so True would refuse what it writes, and it would call the firmware's mask wrong.
+Linux 6.1 computes masks with the full width (kernel/cpu/mtrr/mtrr.c, mtrr_bp_init()).
+With True it would be refused what it writes; reading /proc/mtrr it calls the firmware's
+mask wrong and taints itself (seen here with 6.1.0-50-cloud-amd64).
 """
 
 APIC_STAYS = True

@@ -11,6 +11,7 @@ from ..faults import GeneralProtection
 from .registers import Msr
 from .rule import Access, MsrRule, Write
 from .rules import RULE_BY_ADDRESS, RULES
+from .system import ApicBase
 
 MsrType = TypeVar("MsrType", bound=Msr)
 
@@ -50,11 +51,15 @@ class MsrFile:
         model: the processor; it decides which registers and bits exist.
         smee: firmware switches memory encryption on (SYSCFG[23]); without effect on a
             part that has no usable C-bit, or under a hypervisor.
+        boot_core: the core that boots, which APIC_BASE tells.
     """
 
-    def __init__(self, model: CpuModel, smee: bool = True) -> None:
+    def __init__(
+        self, model: CpuModel, smee: bool = True, *, boot_core: bool = True
+    ) -> None:
         self.model = model
         self.smee = smee
+        self.boot_core = boot_core
         self._values: dict[int, int] = {}
         self._served: dict[int, Served] = {}
         self._callbacks: list[Callable[[int, int], None]] = []
@@ -65,6 +70,7 @@ class MsrFile:
         self._values = {
             rule.register.ADDRESS: rule.reset(self.model, self.smee) for rule in RULES
         }
+        self.set(self.get(ApicBase).replace(boot_core=int(self.boot_core)))
 
     def read(self, index: int) -> int:
         """Execute RDMSR.

@@ -136,6 +136,15 @@ def test_vector_the_boot_cores_apic_is_on_at_its_usual_place(name: str) -> None:
     assert MsrFile(load_model(name)).read(APIC_BASE) == 0xFEE0_0900
 
 
+def test_vector_other_cores_are_told_that_they_did_not_boot() -> None:
+    msrs = MsrFile(load_model("rome"), boot_core=False)
+    assert msrs.read(APIC_BASE) == 0xFEE0_0800
+    assert "BSC is read-only" in refused(msrs, APIC_BASE, 0xFEE0_0900)
+    msrs.write(APIC_BASE, 0xFEE0_0000)
+    msrs.reset()
+    assert msrs.read(APIC_BASE) == 0xFEE0_0800
+
+
 def test_the_apic_can_be_switched_off(rome: MsrFile) -> None:
     rome.write(APIC_BASE, 0xFEE0_0100)
     assert rome.read(APIC_BASE) == 0xFEE0_0100

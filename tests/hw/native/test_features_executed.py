@@ -14,7 +14,7 @@ CODE, DATA, STACK = 0x1000, 0x2000, 0x3F00
 CR4 = 1 << 5 | 3 << 9 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21
 """PAE, OSFXSR, OSXMMEXCPT, FSGSBASE, OSXSAVE, SMEP, SMAP."""
 
-# Encodings: [APM3], [APM4]; memory operands are [rsi].
+# Encodings: [APM3] and the manual's volume 4; memory operands are [rsi].
 OFFERED = {
     "sse3: addsubps": "f20fd0c1",
     "pclmulqdq": "660f3a44c100",
