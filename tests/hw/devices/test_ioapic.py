@@ -56,8 +56,9 @@ def test_select_and_window(board: Board) -> None:
 
 def test_identity(board: Board) -> None:
     assert board.read(1) == 0x0017_0011  # 24 entries, version 11h
-    board.write(0, 0xFFFF_FFFF)
-    assert (board.read(0), board.read(2)) == (0x0F00_0000, 0x0F00_0000)
+    board.write(0, 0xF5FF_FFFF)
+    assert (board.read(0), board.read(2)) == (0x0500_0000, 0x0500_0000)
+    assert board.chip.read(0x10, 1) == b"\0"
     board.write(1, 0)
     assert board.read(1) == 0x0017_0011
 
@@ -123,6 +124,39 @@ def test_the_end_of_another_vector_leaves_remote_irr(board: Board) -> None:
     assert board.take() == 0x84
     board.end()
     assert board.read(0x22) & REMOTE_IRR
+
+
+def test_each_level_waits_for_the_end_of_its_own_vector(board: Board) -> None:
+    board.entry(9, LEVEL | 0x49)
+    board.entry(10, LEVEL | 0x5A)
+    board.chip.set_irq(9, True)
+    board.chip.set_irq(10, True)
+    assert board.take() == 0x5A
+    board.chip.set_irq(10, False)
+    board.end()
+    assert (board.read(0x22), board.read(0x24)) == (
+        LEVEL | REMOTE_IRR | 0x49,
+        LEVEL | 0x5A,
+    )
+
+
+def test_an_entry_written_again_keeps_remote_irr_and_destination(board: Board) -> None:
+    board.write(0x23, 0x0700_0000)
+    board.entry(9, LEVEL | 0x49)
+    board.chip.set_irq(9, True)
+    assert board.take() == 0x49
+    board.entry(9, LEVEL | 0x49)
+    assert board.read(0x22) & REMOTE_IRR
+    assert board.read(0x23) == 0x0700_0000
+    board.chip.set_irq(9, False)
+    board.end()
+    assert board.take() is None
+
+
+def test_a_level_that_nobody_accepts_leaves_no_remote_irr(board: Board) -> None:
+    board.entry(9, LEVEL | 0x400)  # NMI
+    board.chip.set_irq(9, True)
+    assert board.read(0x22) == LEVEL | 0x400
 
 
 def test_a_level_at_a_masked_input_asks_once_unmasked(board: Board) -> None:

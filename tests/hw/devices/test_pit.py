@@ -81,8 +81,9 @@ def test_mode_0_the_output_rises_once_at_the_end_of_the_count(board: Board) -> N
 def test_mode_0_a_new_count_lowers_the_output_again(board: Board) -> None:
     board.start(0, 0, 10)
     board.pulses(20)
+    assert board.high
     board.out(0x40, 10, 0)
-    assert board.out_pin(0) == 0
+    assert (board.out_pin(0), board.high) == (0, False)
     board.pulses(10)
     assert board.out_pin(0) == 1
     assert len(board.edges) == 2
@@ -231,6 +232,33 @@ def test_counting_starts_with_the_second_byte(board: Board) -> None:
     assert board.status(2) >> 6 & 1 == 1  # null count
     board.out(0x42, 0x00)
     assert board.status(2) >> 6 & 1 == 0
+
+
+def test_a_control_word_starts_with_the_low_byte_and_no_count(board: Board) -> None:
+    assert board.status(0) == 0xF6  # OUT, null count, lobyte/hibyte, mode 3
+    board.start(0, 2, 0x1234)
+    board.out(0x40, 0x55)  # half a count
+    board.read(0x40)  # and half a reading
+    board.out(CONTROL, 0x34)
+    assert board.status(0) == 0xF4
+    board.out(0x40, 0x22, 0x11)
+    assert (board.read(0x40), board.read(0x40)) == (0x22, 0x11)
+
+
+def test_a_latched_byte_is_read_once(board: Board) -> None:
+    board.out(CONTROL, 0x14)
+    board.out(0x40, 0x80)
+    board.out(CONTROL, 0x00)
+    board.pulses(0x10)
+    assert [board.read(0x40), board.read(0x40)] == [0x80, 0x70]
+
+
+def test_at_power_on_the_line_is_high_as_the_output_is(board: Board) -> None:
+    assert board.high
+    board.out(CONTROL, 0x34)
+    assert board.high
+    board.out(CONTROL, 0x30)
+    assert not board.high
 
 
 def test_read_back_gives_status_then_count(board: Board) -> None:
