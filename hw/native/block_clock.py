@@ -5,11 +5,13 @@ machine code that subtract the block's length from a budget and call Python only
 nothing is left. So time depends on what the guest executed and on nothing else, a run
 can be repeated to the event, and a loop that touches no device still ends its slice.
 
+    mov r8, [rcx + 16]    ; rcx: user data
+    cmp word ptr [r8], 0  ; the engine was asked to leave: it will not execute the
+    jne done              ; block now, but come here again
     mov eax, edx          ; length of the block, in bytes of code
-    sub [rcx], rax        ; rcx: user data, the budget lies first
-    mov [rcx + 16], edx
+    sub [rcx], rax        ; the budget
     js  expired
-    ret
+    done: ret
     expired: jmp [rcx + 8]
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 
 from .engine import BLOCK, HOOK_BLOCK, Engine
 
-_STUB = bytes.fromhex("89d0 482901 895110 7801 c3 ff6108")
+_STUB = bytes.fromhex("4c8b4110 6641833800 7507 89d0 482901 7801 c3 ff6108")
 
 BYTES_PER_NS_SHIFT = 2
 """Four bytes of code, about one instruction, take a nanosecond."""
@@ -32,7 +34,7 @@ class _Budget(ctypes.Structure):
     _fields_ = (
         ("left", ctypes.c_int64),
         ("expired", ctypes.c_void_p),
-        ("last", ctypes.c_uint64),
+        ("leaving", ctypes.c_void_p),
     )
 
 
@@ -41,19 +43,28 @@ class BlockClock:
 
     Args:
         engine: gets the hook.
+        leaving_address: of the engine's 16-bit word that asks it to leave at the start
+            of the next block.
         expired: called between two blocks; must call `start_slice`.
 
     Attributes:
         executed: bytes of code in finished slices.
     """
 
-    def __init__(self, engine: Engine, expired: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: Engine, leaving_address: int, expired: Callable[[], None]
+    ) -> None:
         self.executed = 0
         self._slice = 0
         self._budget = _Budget()
 
-        def callback(_uc: Any, _address: int, _size: int, _user: Any) -> None:
+        leaving = ctypes.c_uint16.from_address(leaving_address)
+        self._budget.leaving = leaving_address
+
+        def callback(_uc: Any, _address: int, size: int, _user: Any) -> None:
             expired()
+            if leaving.value:  # it will come again
+                self._left[0] += size
 
         self._callback = BLOCK(callback)
         self._budget.expired = ctypes.cast(self._callback, ctypes.c_void_p).value
@@ -78,10 +89,6 @@ class BlockClock:
     def charge(self, nanoseconds: int) -> None:
         """Let something that is not code take time."""
         self._left[0] -= nanoseconds << BYTES_PER_NS_SHIFT
-
-    def refund_last(self) -> None:
-        """Take back the last block, which was counted but not executed."""
-        self._left[0] += self._budget.last
 
     def start_slice(self, nanoseconds: int) -> None:
         """Begin a slice of at most this length; the last one ends here.

@@ -117,7 +117,6 @@ class NativeCore:
         self._stop: Stop | None = None
         self._failure: BaseException | None = None
         self._host_deadline = float("inf")
-        self._between_blocks = self._stopped_at_block = False
 
         cpu = machine.cpu
         self._cpu = cpu
@@ -128,6 +127,7 @@ class NativeCore:
             self.memory.add_slot(machine.controller.slot_for(c_bit))
         self.time = GuestTime(
             self.engine,
+            self.state.leaving_address,
             platform.clock,
             self._guarded(self._slice_over),
             wall_clock=wall_clock,
@@ -212,9 +212,6 @@ class NativeCore:
         while self._stop is None:
             self.filler.pending = None
             error = self.engine.start(self.state.rip)
-            if self._stopped_at_block:
-                self._stopped_at_block = False
-                self.block_clock.refund_last()
             failure = self._failure or self.filler.failure
             if failure is not None:
                 self.filler.failure = None
@@ -292,9 +289,6 @@ class NativeCore:
     def _end(self, stop: Stop) -> None:
         if self._stop is None:
             self._stop = stop
-            # The next block will be counted and not executed, but for a stop between
-            # two blocks.
-            self._stopped_at_block = not self._between_blocks
         self.engine.stop()
 
     def _refused(self) -> None:
@@ -383,13 +377,6 @@ class NativeCore:
         return callback
 
     def _event(self, _uc: Any, number: int, _user: Any) -> None:
-        self._between_blocks = True
-        try:
-            self._serve_event(number)
-        finally:
-            self._between_blocks = False
-
-    def _serve_event(self, number: int) -> None:
         software, self.filler.implicit_page = 0, None
         if self.state.settle_exception():
             software = self.reader.software_interrupt_length(number)

@@ -31,6 +31,7 @@ class GuestTime:
 
     Args:
         engine: gets the block hook.
+        leaving_address: see `BlockClock`.
         clock: of the devices; nanoseconds.
         slice_over: called between two blocks when a slice has run; ends in `new_slice`.
         wall_clock: time is the host's.
@@ -42,12 +43,13 @@ class GuestTime:
     def __init__(
         self,
         engine: Engine,
+        leaving_address: int,
         clock: VirtualClock,
         slice_over: Callable[[], None],
         *,
         wall_clock: bool,
     ) -> None:
-        self.block_clock = BlockClock(engine, slice_over)
+        self.block_clock = BlockClock(engine, leaving_address, slice_over)
         self._clock = clock
         self._skipped = 0
         self._slice_end = 0
@@ -55,23 +57,29 @@ class GuestTime:
         self._host_start = time.monotonic_ns() if wall_clock else None
 
     def sync(self) -> int:
-        """Bring the clock to now, run the timers that are due; return the time."""
+        """Bring the clock to now, run the timers that are due; return the time.
+
+        A timer expires at the start of a block, whose code an interrupt may put off:
+        until the count of code is there again, the clock stands still.
+        """
         clock = self._clock
-        if self._host_start is not None:
-            now = self._skipped + time.monotonic_ns() - self._host_start
-        else:
-            now = self._skipped + self.block_clock.now
+        now = max(self._now(), clock.now)
         if now >= clock.next_deadline:
             clock.advance_to(now)
         else:
             clock.now = now
         return now
 
+    def _now(self) -> int:
+        if self._host_start is not None:
+            return self._skipped + time.monotonic_ns() - self._host_start
+        return self._skipped + self.block_clock.now
+
     def new_slice(self) -> None:
         """Let code run until the next timer, or for the longest slice."""
-        clock = self._clock
-        length = min(max(clock.next_deadline - clock.now, 1), LONGEST_SLICE_NS)
-        self._slice_end = clock.now + length
+        now = self._now()
+        length = min(max(self._clock.next_deadline - now, 1), LONGEST_SLICE_NS)
+        self._slice_end = now + length
         self.block_clock.start_slice(length)
 
     def shorten_slice(self) -> None:

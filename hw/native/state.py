@@ -100,6 +100,7 @@ class EngineState:
         regs: the 16 general registers, in the order of their encoding.
         quads, words: the whole state as 64-bit and 32-bit items.
         segments: by `ES` .. `IDTR`.
+        leaving_address: of the 16-bit word that `leave_chain` sets.
 
     Raises:
         EngineError: the state does not lie where this build of the library has it.
@@ -129,7 +130,7 @@ class EngineState:
         ]
         self._verify()
         self._uc[_NO_EXIT_REQUEST] = 1
-        self.icount_high_address = env + _ICOUNT + 2
+        self.leaving_address = env + _ICOUNT + 2
 
     # Registers
 
