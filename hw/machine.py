@@ -102,7 +102,10 @@ class Machine:
         self.bus = MemoryBus(self.map, self.caches, self.controller, self.trace)
         self.psp = SecureProcessor(self.controller, profile, seed)
         self.psp.reset()
-        self.msrs = [MsrFile(self.model, smee=smee) for _ in range(cores)]
+        self.msrs = [
+            MsrFile(self.model, smee=smee, boot_core=not index)
+            for index in range(cores)
+        ]
         self.cpus = [
             Cpu(
                 index,

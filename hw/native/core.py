@@ -23,7 +23,7 @@ from ..devices import Platform
 from ..errors import CbitError
 from ..faults import CpuException, InvalidOpcode, PageFault, PageFaultCode
 from ..machine import Machine
-from ..msr import Efer
+from ..msr import Efer, Tsc
 from ..types import PAGE_SHIFT
 from .bulk import Bulk
 from .delivery import AC, IF, WITH_ERROR_CODE, Delivery, TripleFault
@@ -158,6 +158,8 @@ class NativeCore:
         self._install_hooks()
         for index in sorted(ENGINE_OWNED):
             self.exits.own_msr(index)
+        if cpu.msrs.declares(Tsc.ADDRESS):
+            cpu.msrs.serve(Tsc, self.time.read_tsc, self.time.write_tsc)
         platform.interrupts.on_change = self._interrupt_line
         platform.on_request = self._platform_request
 
@@ -279,6 +281,7 @@ class NativeCore:
         self.machine.caches.release_views(self.filler.flush)
         for index in sorted(ENGINE_OWNED):
             self.exits.disown_msr(index)
+        self._cpu.msrs.take_back(Tsc)
         interrupts = self.platform.interrupts
         if interrupts.on_change == self._interrupt_line:
             interrupts.on_change = lambda: None

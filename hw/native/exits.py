@@ -18,10 +18,12 @@ from ..faults import CpuException, GeneralProtection, InvalidOpcode
 from ..msr import Efer, Syscfg
 from ..types import PAGE_SHIFT
 from .engine import REG_CR0, REG_CR4, Engine
+from .features import with_osxsave
 from .fill import NativeFailure, TlbFiller
 from .instruction import InstructionReader
 from .memory import PERMISSION_MAP, VMCB_MSRPM
 from .state import (
+    CS64,
     GUEST,
     INHIBIT_IRQ,
     RAX,
@@ -176,8 +178,10 @@ class Exits:
 
     def _cpuid(self) -> None:
         regs = self._state.regs
-        leaf = self._cpu.cpuid(regs[RAX] & _U32, regs[RCX] & _U32)
-        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = leaf
+        leaf = regs[RAX] & _U32
+        answer = self._cpu.cpuid(leaf, regs[RCX] & _U32)
+        answer = with_osxsave(answer, leaf, self._state.cr(4))
+        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = answer
         self._done(2)
 
     def _msr(self) -> None:
@@ -222,10 +226,9 @@ class Exits:
 
     def disown_msr(self, index: int) -> None:
         """Take an MSR's value from the engine, which goes, into the Python core."""
-        kept = {index: self.read_engine_msr(index)}
-        self._cpu.msrs.serve(
-            index, partial(kept.__getitem__, index), partial(kept.__setitem__, index)
-        )
+        msrs, value = self._cpu.msrs, self.read_engine_msr(index)
+        msrs.take_back(index)
+        msrs.write(index, value)
 
     def read_engine_msr(self, index: int) -> int:
         """Return an MSR that the engine holds."""
@@ -252,8 +255,9 @@ class Exits:
 
     def _write_cr0(self) -> None:
         value, length = self._reader.cr_operand(self._state.cr(0))
-        if not value & _PG:
-            # Source: [APM3] MOV CRn: paging cannot be left from 64-bit code.
+        if not value & _PG and self._state.hflags & CS64:
+            # Source: [APM3] MOV CRn: paging cannot be left from 64-bit code; from
+            # compatibility mode it can, as Linux does to change the number of levels.
             raise GeneralProtection(f"MOV CR0 {value:#x}: PG is needed in 64-bit mode")
         self._cpu.write_cr0(value)
         self._engine.write_register(REG_CR0, self._cpu.read_cr0())

@@ -53,7 +53,7 @@ class GuestTime:
         self._clock = clock
         self._skipped = 0
         self._slice_end = 0
-        self._tsc_read, self._tsc_cost = 0, SHORTEST_TSC_NS
+        self._tsc_read, self._tsc_cost, self._tsc_offset = 0, SHORTEST_TSC_NS, 0
         self._host_start = time.monotonic_ns() if wall_clock else None
 
     def sync(self) -> int:
@@ -113,15 +113,21 @@ class GuestTime:
             self._tsc_cost = SHORTEST_TSC_NS
         self._tsc_read = now
         self.block_clock.charge(self._tsc_cost)
-        return now
+        return now + self._tsc_offset & (1 << 64) - 1
+
+    def write_tsc(self, value: int) -> None:
+        """Set the counter, as WRMSR does; the clock goes on."""
+        self._tsc_offset = value - self.sync()
 
     def state(self) -> list[int]:
         """Return the state, for JSON."""
         total = self.block_clock.total
-        return [self._skipped, total, self._tsc_read, self._tsc_cost]
+        tsc = [self._tsc_read, self._tsc_cost, self._tsc_offset]
+        return [self._skipped, total, *tsc]
 
     def restore(self, state: list[int]) -> None:
         """Set what `state` returned."""
-        skipped, executed, tsc_read, tsc_cost = map(int, state)
+        skipped, executed, tsc_read, tsc_cost, tsc_offset = map(int, state)
         self._skipped, self.block_clock.executed = skipped, executed
         self._tsc_read, self._tsc_cost = tsc_read, tsc_cost
+        self._tsc_offset = tsc_offset

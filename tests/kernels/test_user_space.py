@@ -11,11 +11,15 @@ import pytest
 from .conftest import ACTIVE, COHERENT, FIVE_LEVELS, INCOHERENT, WITHOUT_SME, Cbit
 
 
-@pytest.mark.req("LB-T1")
 @pytest.mark.parametrize(
     ("model", "more"),
-    [(INCOHERENT, []), (COHERENT, []), (FIVE_LEVELS, ["--la57"])],
-    ids=["C-bit 47", "C-bit 51, width 48", "C-bit 51, width 52, 5 levels"],
+    [
+        (INCOHERENT, []),
+        (COHERENT, []),
+        (FIVE_LEVELS, ["--la57"]),
+        (FIVE_LEVELS, []),  # the decompressor itself goes from 4 levels to 5
+    ],
+    ids=["C-bit 47", "C-bit 51, width 48", "width 52, 5 levels", "4 to 5 levels"],
 )
 def test_the_cloud_kernel_comes_to_user_space_with_sme(
     cbit: Cbit,
