@@ -129,7 +129,9 @@ class Delivery:
         Raises:
             TripleFault: nor could the double fault be delivered.
         """
-        first = f"{because or f'vector {vector}'}, at rip {self._state.rip:#x}"
+        first = f"vector {vector} at rip {self._state.rip:#x}"
+        if because:
+            first += f" ({because})"
         for _ in range(LONGEST_CHAIN):
             try:
                 self._enter(vector, error_code, bool(software))
@@ -162,7 +164,7 @@ class Delivery:
             raise GateFault(
                 f"vector {vector} beyond the IDT", offset // 2 | 2 | external
             )
-        gate = self._load(idt.base + offset, 16)
+        gate = self.load(idt.base + offset, 16)
         kind = gate >> 40 & 0x1F
         if kind not in (INTERRUPT_GATE, TRAP_GATE):
             raise GateFault(
@@ -191,9 +193,9 @@ class Delivery:
         ist = gate >> 32 & 7
         tss = state.segments[TR].base
         if ist:
-            rsp = self._load(tss + TSS_IST1 + 8 * (ist - 1), 8)
+            rsp = self.load(tss + TSS_IST1 + 8 * (ist - 1), 8)
         elif new_cpl != old_cpl:
-            rsp = self._load(tss + TSS_RSP0 + 8 * new_cpl, 8)
+            rsp = self.load(tss + TSS_RSP0 + 8 * new_cpl, 8)
         else:
             rsp = state.regs[RSP]
         rsp &= -16 & _U64
@@ -238,14 +240,19 @@ class Delivery:
         code = where | external
         if not where or where + 7 > gdt.limit or selector & 4:
             raise GateFault(f"gate names selector {selector:#x}", code)
-        descriptor = self._load(gdt.base + where, 8)
+        descriptor = self.load(gdt.base + where, 8)
         if not descriptor >> 47 & 1:
             raise NotPresent(f"code segment {selector:#x}", code)
         if descriptor >> 43 & 3 != 3 or not descriptor >> 53 & 1:
             raise GateFault(f"selector {selector:#x} is no 64-bit code segment", code)
         return descriptor
 
-    def _load(self, va: int, length: int) -> int:
+    def load(self, va: int, length: int) -> int:
+        """Load a little-endian number with the processor's own rights.
+
+        Raises:
+            PageFault, GeneralProtection: not mapped, or not canonical.
+        """
         va &= _U64
         data = b""
         while length:
