@@ -51,6 +51,7 @@ from .exits import (
     Exits,
 )
 from .fill import NativeFailure, TlbFiller
+from .guest_ports import GuestPorts
 from .guest_time import GuestTime
 from .instruction import InstructionReader
 from .memory import NativeMemory
@@ -58,9 +59,6 @@ from .state import GDTR, LDTR, R11, RCX, RFLAGS_RF, SS, TR, EngineState
 
 TSC_HZ = 1_000_000_000
 """The time-stamp counter counts the clock's nanoseconds."""
-
-PORT_ACCESS_NS = 1_000
-"""An access to an ISA port takes about a microsecond."""
 
 SYSCALL_LENGTH = 2
 
@@ -144,6 +142,9 @@ class NativeCore:
         )
         self._bulk.code_at = self.reader.code_at
         self._delivery = Delivery(self.state, cpu, machine.bus, self._noted)
+        self._ports = GuestPorts(
+            self.engine, self.state, self._delivery, platform.ports, self.time
+        )
         self.exits = Exits(
             self.engine,
             self.state,
@@ -220,7 +221,7 @@ class NativeCore:
                 if isinstance(failure, TripleFault):
                     return Stop(Ending.FAULT, str(failure))
                 raise failure
-            if error == ERR_EXCEPTION:
+            if error == ERR_EXCEPTION or self._ports.refused:
                 try:
                     self._refused()
                 except TripleFault as shutdown:
@@ -295,9 +296,11 @@ class NativeCore:
         self.engine.stop()
 
     def _refused(self) -> None:
-        """A fill was refused: deliver the fault, or do the long instruction."""
+        """A fill or a port was refused: deliver the fault, or do a long instruction."""
         pending = self.filler.pending
-        if pending is TlbFiller.BULK:
+        if self._ports.refused:
+            self._delivery.fault(self._ports.take_back())
+        elif pending is TlbFiller.BULK:
             self.filler.skip_bulk = not self._perform_bulk()
         elif isinstance(pending, CpuException):
             if isinstance(pending, PageFault):
@@ -362,8 +365,8 @@ class NativeCore:
         engine = self.engine
         engine.hook(HOOK_INTR, INTERRUPT(self._guarded(self._event)))
         engine.hook(HOOK_INSN_INVALID, INVALID(self._guarded(self._invalid, True)))
-        engine.hook(HOOK_INSN, PORT_IN(self._guarded(self._port_in, 0)), INS_IN)
-        engine.hook(HOOK_INSN, PORT_OUT(self._guarded(self._port_out)), INS_OUT)
+        engine.hook(HOOK_INSN, PORT_IN(self._guarded(self._ports.read, 0)), INS_IN)
+        engine.hook(HOOK_INSN, PORT_OUT(self._guarded(self._ports.write)), INS_OUT)
         engine.hook(HOOK_INSN, SYSCALL(self._guarded(self._syscall)), INS_SYSCALL)
 
     def _guarded(self, function: Callable[..., Any], default: Any = None) -> Any:
@@ -383,6 +386,8 @@ class NativeCore:
         software, self.filler.implicit_page = 0, None
         if self.state.settle_exception():
             software = self.reader.software_interrupt_length(number)
+        if self._ports.refused:
+            return
         if number >= 0x100:
             try:
                 self.exits.serve(number - 0x100)
@@ -394,12 +399,16 @@ class NativeCore:
 
     def _invalid(self, _uc: Any, _user: Any) -> bool:
         self.state.settle_exception()
+        if self._ports.refused:
+            return True
         self._delivery.fault(InvalidOpcode(f"at {self.state.rip:#x}"))
         return True
 
     def _syscall(self, _uc: Any, _user: Any) -> None:
         """SYSCALL. Source: [APM3] SYSCALL; STAR, LSTAR, SFMASK: [APM2] 6.1.1."""
         state, msrs = self.state, self._cpu.msrs
+        if self._ports.refused:
+            return
         if not msrs.get(Efer).sce:
             self._delivery.fault(InvalidOpcode(f"SYSCALL at {state.rip:#x}: EFER.SCE"))
             state.rip -= SYSCALL_LENGTH
@@ -412,25 +421,6 @@ class NativeCore:
         self._delivery.enter_segment(selector, CODE_64, 0)
         state.segments[SS].load(selector + 8, 0, 0xFFFF_FFFF, 0x00CF_9300)
         state.rip = msrs.read(LSTAR) - SYSCALL_LENGTH  # the engine adds the length
-
-    def _port_in(self, _uc: Any, port: int, size: int, _user: Any) -> int:
-        self.time.sync()
-        if self.state.cpl and not self._io_allowed():
-            return (1 << 8 * size) - 1
-        value = self.platform.ports.read(port, size)
-        self.block_clock.charge(PORT_ACCESS_NS)
-        return value
-
-    def _port_out(self, _uc: Any, port: int, size: int, value: int, _user: Any) -> None:
-        self.time.sync()
-        if self.state.cpl and not self._io_allowed():
-            return
-        self.platform.ports.write(port, value, size)
-        self.block_clock.charge(PORT_ACCESS_NS)
-        self.time.shorten_slice()
-
-    def _io_allowed(self) -> bool:
-        return self.state.system_flags >> 12 & 3 == 3
 
     # Time
 

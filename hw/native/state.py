@@ -46,7 +46,9 @@ _CR_READ, _CR_WRITE = -40, -38
 _INVALID_ADDR, _STOP_REQUEST, _NO_EXIT_REQUEST = 1416, 1394, 2034
 _CONTEXT_SIZE, _UC_SIZE = 2016, 2600
 
-# Offsets in the engine's CPU object.
+# Offset of the engine's CPU object's address in `uc_struct`; offsets in that object:
+# the state, and the addresses of state and instruction counter.
+_CPU_POINTER, _ENV, _ENV_POINTER = 440, 35408, 296
 _CPU_EXIT_REQUEST, _CPU_INTERRUPT_REQUEST = 21, 28
 
 MMU_MODES = 3
@@ -332,14 +334,13 @@ def _find(engine: Engine) -> tuple[int, int]:
         _STATE_SIZE
     ):
         raise EngineError("unicorn: the processor state has another size")
-    for offset in range(0, 1024, 8):
-        cpu = int.from_bytes(lib_structure[offset : offset + 8], "little")
-        head = _read(cpu, 1024) if cpu > 0xFFFF and cpu % 8 == 0 else b""
-        for place in range(0, len(head) - 15, 8):
-            env, counter = struct.unpack_from("<QQ", head, place)
-            if counter + 16 == env and cpu < env < cpu + (1 << 20):
-                return cpu, env
-    raise EngineError("unicorn: the processor state was not found")
+    start = lib_structure[_CPU_POINTER : _CPU_POINTER + 8]
+    cpu = int.from_bytes(start, "little")
+    env = cpu + _ENV
+    pointers = struct.pack("<QQ", env, env + _ICOUNT)
+    if _read(cpu + _ENV_POINTER, 16) != pointers:
+        raise EngineError("unicorn: the processor state was not found")
+    return cpu, env
 
 
 def _read(address: int, length: int) -> bytes:

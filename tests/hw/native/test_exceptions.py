@@ -273,7 +273,8 @@ def test_a_triple_fault_ends_the_run_and_names_the_first_and_the_last(
     guest.gate(8, 0, present=False)
     stop = guest.run(LOAD, rbx=PAGE, rsp=PAGE + 0x2008)
     assert stop.ending is Ending.FAULT
-    assert "vector 14 at rip 0x200001" in stop.reason
+    assert "#PF" in stop.reason
+    assert "at rip 0x200001" in stop.reason
     assert "#NP" in stop.reason
     assert "gate 8" in stop.reason
 
@@ -287,7 +288,7 @@ def test_the_longest_chain_of_faults_ends_in_the_same_way(guest: Guest) -> None:
         guest.gate(vector, HANDLERS + 16 * vector, ist=1)
     stop = guest.run(UNDEFINED)
     assert stop.ending is Ending.FAULT
-    assert "vector 6" in stop.reason
+    assert "#UD: at 0x200000" in stop.reason
     assert f"{PAGE - 48:#x}" in stop.reason
 
 

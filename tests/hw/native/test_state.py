@@ -11,11 +11,26 @@ from cbit.hw.native.state import EngineState
 from .guests import CODE, Guest, code
 
 
-@pytest.mark.parametrize("name", ["_STATE_SIZE", "_DR", "_NO_EXIT_REQUEST", "_ICOUNT"])
+@pytest.mark.parametrize(
+    "name",
+    ["_STATE_SIZE", "_DR", "_NO_EXIT_REQUEST", "_ICOUNT", "_ENV", "_CPU_POINTER"],
+)
 def test_another_layout_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, name, getattr(state, name) - 8)
     with pytest.raises(EngineError, match=r"unicorn: "):
         EngineState(Engine())
+
+
+def test_every_instance_has_its_state_at_the_same_distance() -> None:
+    # A search by pattern once took a neighbour on the heap for the processor.
+    engines = []
+    for number in range(60):
+        engines.append((Engine(), bytearray(1000 * (number % 37))))
+        view = EngineState(engines[-1][0])
+        head = view._cpu.cast("I")
+        assert list(head[7:8]) == [0]  # no interrupt is requested
+        if number % 5 == 0:
+            engines.pop(0)[0].close()
 
 
 def test_another_version_of_the_library_is_refused(
