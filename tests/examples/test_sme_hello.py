@@ -145,7 +145,8 @@ def test_tables_stored_plain_and_walked_through_the_key_end_in_a_triple_fault(
     found = run(folder / "buggy-1.elf", "--cpu", model)
     assert (found.facts["outcome"], found.status) == ("fault", 1)
     assert found.facts["reason"].startswith("triple fault: vector 14 at rip 0x200")
-    address = found.facts["reason"].split("rip ")[1].split(",")[0]
+    address = found.facts["reason"].split("rip ")[1].split()[0]
+    assert "(#PF(0x" in found.facts["reason"]  # what the noise gave differs by key
     assert any(f"CR2 {address} " in line for line in found.facts["report"])
     assert "as passed\n" in found.console
     assert "page tables" not in found.console
