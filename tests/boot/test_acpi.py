@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cbit.boot import acpi
 from cbit.boot.acpi import build_acpi
+from cbit.hw.devices import ioapic, lapic, power
 from cbit.hw.errors import CallerError
 from cbit.hw.types import PhysAddr
 
@@ -178,3 +180,16 @@ def test_a_kernel_takes_the_tables_without_a_complaint_and_switches_off_by_them(
 def test_a_place_that_is_none_is_refused(base: int) -> None:
     with pytest.raises(CallerError, match="expected a multiple of 64"):
         build_acpi(PhysAddr(base))
+
+
+def test_the_tables_name_the_ports_and_places_where_the_devices_answer() -> None:
+    # boot/ may not look at devices, so each side has the numbers: they must agree.
+    assert (acpi.PM1A_EVENT_PORT, acpi.PM1A_CONTROL_PORT, acpi.PM_TIMER_PORT) == (
+        power.PM1_STATUS,
+        power.PM1_CONTROL,
+        power.PM_TIMER,
+    )
+    assert acpi.SLEEP_TYPE_OFF == power.SLEEP_TYPE_OFF
+    assert acpi.RESET_PORT == power.RESET_CONTROL
+    assert (acpi.LOCAL_APIC, acpi.IO_APIC) == (lapic.BASE, ioapic.BASE)
+    assert acpi.TIMER_INPUT == ioapic.TIMER_INPUT
