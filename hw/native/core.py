@@ -20,7 +20,6 @@ from enum import Enum
 from typing import Any
 
 from ..devices import Platform
-from ..errors import CbitError
 from ..faults import CpuException, InvalidOpcode, PageFault, PageFaultCode
 from ..machine import Machine
 from ..msr import Efer, Tsc
@@ -492,6 +491,3 @@ class NativeCore:
             self._end(Stop(Ending.RESET, "the guest asked for a reset"))
         elif request is not None:
             self._end(Stop(Ending.SHUTDOWN, f"exit code {request[1]}"))
-
-
-__all__ = ["CbitError", "Ending", "NativeCore", "Stop"]

@@ -9,12 +9,15 @@ Source: [APM2] appendix C (exit codes); [APM3] for the instructions.
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+
 from ..cpu import Cpu, Cr0, Cr4
-from ..faults import CpuException, GeneralProtection, InvalidOpcode
+from ..faults import GeneralProtection, InvalidOpcode
 from ..msr import Efer, Syscfg
 from ..types import PAGE_SHIFT
 from .engine import REG_CR0, REG_CR4, Engine
@@ -321,10 +324,6 @@ class _HostPages:
     """Host memory that the engine maps: the VMCB and the MSR permission map."""
 
     def __init__(self, pages: int) -> None:
-        import mmap
-
-        import numpy as np
-
         size = pages << PAGE_SHIFT
         self.memory = mmap.mmap(-1, size)
         array = np.frombuffer(self.memory, np.uint8)
@@ -345,6 +344,3 @@ def build_permission_map() -> _HostPages:
         at = 4096 + bit // 8
         memory[at] &= ~(3 << bit % 8) & 0xFF
     return pages
-
-
-__all__ = ["CpuException", "Exits"]

@@ -16,7 +16,7 @@ import ctypes
 import os
 import struct
 
-from .engine import Engine, EngineError
+from .engine import REG_EFLAGS, Engine, EngineError
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 R11 = 11
@@ -148,14 +148,10 @@ class EngineState:
     @property
     def rflags(self) -> int:
         """RFLAGS, the engine's lazy arithmetic flags folded in."""
-        from .engine import REG_EFLAGS
-
         return self._engine.read_register(REG_EFLAGS)
 
     @rflags.setter
     def rflags(self, value: int) -> None:
-        from .engine import REG_EFLAGS
-
         self._engine.write_register(REG_EFLAGS, value)
 
     @property

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cbit.boot.image import load_image
+from cbit.boot.image import KernelLayout, load_image
+from cbit.hw.arrays import Words
+from cbit.kernel.cc import EncryptionState
 from cbit.tools import known_differences, native_diff
 from cbit.tools.native_diff import DiffRequest, compare
 
@@ -70,8 +73,8 @@ def test_a_wrong_table_of_the_reference_is_found(
 
     true_pmds = early_tables.kernel_pmds
 
-    def all_present(*arguments):  # type: ignore[no-untyped-def]
-        return true_pmds(*arguments) | 1
+    def all_present(state: EncryptionState, layout: KernelLayout) -> Words:
+        return true_pmds(state, layout) | np.uint64(1)
 
     monkeypatch.setattr(early_tables, "kernel_pmds", all_present)
     result = compare(DiffRequest(str(real_kernel_path), cpu=COHERENT))
