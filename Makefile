@@ -1,7 +1,7 @@
 # A fresh machine needs python3 (3.11 or later, with venv) and make, nothing else.
 #
 #   PYTHON       the interpreter that makes .venv               make boot PYTHON=python3.13
-#   ARGS         more arguments for `cbit boot`                 make boot ARGS=--help
+#   ARGS         more arguments for `cbit boot` or `cbit run`   make boot ARGS=--help
 #   PYTEST_ARGS  more arguments for pytest                      make test PYTEST_ARGS="-k swiotlb"
 #   CBIT_KERNEL  a kernel image of yours; none is fetched       make test CBIT_KERNEL=/boot/vmlinuz
 #   CBIT_BUSYBOX a static busybox of yours; none is fetched     make test CBIT_BUSYBOX=/bin/busybox
@@ -21,6 +21,11 @@ help: ## list the targets
 .PHONY: boot
 boot: $(VENV)/.run ## watch the reference kernel turn memory encryption on
 	@$(BIN)/cbit boot $(ARGS)
+
+.PHONY: run
+run: $(VENV)/.dev kernel ## run a real Linux kernel until it says that SME is active
+	@$(BIN)/cbit run $${CBIT_KERNEL:-build/kernel/boot/vmlinuz-*} \
+		--until "Memory Encryption Features active: AMD SME" $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.dev kernel ## run every test, except benchmarks and soak campaigns
