@@ -20,6 +20,7 @@ from .boot_run import (
     write_dram,
 )
 from .boot_run import boot as run_boot
+from .event_file import event_writer
 from .output_file import output_file
 from .progress import working
 
@@ -62,10 +63,7 @@ def boot(
     with ExitStack() as opened:
         on_event = None
         if trace is not None:
-            file = opened.enter_context(output_file(trace))
-
-            def on_event(event: Any) -> None:
-                file.write(json.dumps(event.as_json()).encode() + b"\n")
+            on_event = event_writer(opened.enter_context(output_file(trace)))
 
         with working("reading the kernel"):
             run = prepare(

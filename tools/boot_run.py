@@ -32,6 +32,9 @@ from .dram_file import write_dram_file
 
 DEFAULT_COMMAND_LINE = "mem_encrypt=on"
 DEFAULT_RAM = 1 << 30
+COHERENT = {"coherent": True, "incoherent": False, "model": None}
+"""Values of --caches, as `Machine` takes them."""
+
 BUILTIN_SEED = 2016
 """Of the built-in image when no seed is given: the year of the white paper."""
 
@@ -166,13 +169,12 @@ def prepare(
         OSError: a file cannot be read.
     """
     model = load_model(request.cpu)
-    coherent = {"coherent": True, "incoherent": False, "model": None}
     machine = Machine(
         model,
         ram=request.ram,
         smee=request.smee,
         tsme=request.tsme,
-        coherent=coherent[request.caches],
+        coherent=COHERENT[request.caches],
         seed=request.seed,
     )
     if on_event is not None:

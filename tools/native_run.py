@@ -22,9 +22,10 @@ from ..hw.machine import Machine
 from ..hw.memory import SLOT_NONE
 from ..hw.models import DEFAULT_MODEL, load_model
 from ..hw.native import Ending, NativeCore, Stop, engine_model
+from ..hw.native.exits import CPUID
 from ..hw.psp import RandomSource
 from ..hw.trace import KINDS, Event
-from .boot_run import firmware_memory_map, read_initrd
+from .boot_run import COHERENT, firmware_memory_map, read_initrd
 from .native_report import fault_report
 from .symbols import Symbols
 
@@ -134,7 +135,7 @@ class NativeRun:
             "pages": {"encrypted": sum(slots.values()) - plain, "plain": plain},
             "exceptions": {str(v): n for v, n in sorted(core.exceptions.items())},
             "interrupts": core.interrupts,
-            "cpuid": core.exits.counts[0x72],
+            "cpuid": core.exits.counts[CPUID],
             "msr_reads": _by_msr(core.exits.msr_reads),
             "msr_writes": _by_msr(core.exits.msr_writes),
             "tlb_fills": core.filler.fills,
@@ -180,13 +181,12 @@ def prepare(
         OSError: a file cannot be read.
     """
     model = engine_model(load_model(request.cpu), rdrand=request.wall_clock)
-    coherent = {"coherent": True, "incoherent": False, "model": None}
     machine = Machine(
         model,
         ram=request.ram,
         smee=request.smee,
         tsme=request.tsme,
-        coherent=coherent[request.caches],
+        coherent=COHERENT[request.caches],
         hazards=request.hazards,
         seed=request.seed,
     )

@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from ..hw.errors import CbitError
-from ..hw.trace import KINDS, Event
+from ..hw.trace import KINDS
 from .arguments import INTEGER, SIZE
 from .dram_file import write_dram_file
+from .event_file import event_writer
 from .native_run import (
     DEFAULT_COMMAND_LINE,
     DEFAULT_RAM,
@@ -88,11 +89,7 @@ def run(
     with ExitStack() as opened:
         on_event = None
         if trace is not None:
-            trace_file = opened.enter_context(output_file(trace))
-
-            def on_event(event: Event) -> None:
-                trace_file.write(json.dumps(event.as_json()).encode() + b"\n")
-
+            on_event = event_writer(opened.enter_context(output_file(trace)))
         show = (lambda data: None) if as_json else _print_console
         with working("loading"):
             if source is not None:

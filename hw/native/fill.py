@@ -280,11 +280,6 @@ class TlbFiller:
                             perms = _RW | PROT_EXEC
                         else:
                             self._purge(native_page)
-                    aliases = written.get(native_page)
-                    if aliases is None:
-                        written[native_page] = [va >> PAGE_SHIFT]
-                    else:
-                        aliases.append(va >> PAGE_SHIFT)
                 else:
                     perms = PROT_READ
                     if (
@@ -296,11 +291,12 @@ class TlbFiller:
                     ):
                         # Nothing would change at the first store.
                         perms = _RW
-                        aliases = written.get(native_page)
-                        if aliases is None:
-                            written[native_page] = [va >> PAGE_SHIFT]
-                        else:
-                            aliases.append(va >> PAGE_SHIFT)
+                if perms & PROT_WRITE:
+                    aliases = written.get(native_page)
+                    if aliases is None:
+                        written[native_page] = [va >> PAGE_SHIFT]
+                    else:
+                        aliases.append(va >> PAGE_SHIFT)
                 if not entry & _GLOBAL:
                     local.append(va >> PAGE_SHIFT)
                     if kind == 2:
